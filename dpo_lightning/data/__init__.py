@@ -1,0 +1,1 @@
+"""Rows -> pairs -> token ids -> batches."""

@@ -1,0 +1,119 @@
+"""The data as Lightning takes them; the only file of this room that knows Lightning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+from torch.utils.data import DataLoader
+
+from dpo_lightning.data.batches import PairTable, TrainingOrder, ValidationOrder
+from dpo_lightning.data.prepare import Census, prepare, split, validate
+from dpo_lightning.data.sources import FileSource, HubSource, Source
+from dpo_lightning.types import Batch, UserError
+
+
+class PreferenceData(pl.LightningDataModule):
+    """Preference pairs from one source, tokenised once, split by prompt unless validation data are given.
+
+    Args:
+        path, val_path: files, or shipped:NAME. name, subset, split, val_split: a data set on the hub.
+        val_fraction: share of the pairs held out when neither val_path nor val_split is given.
+        max_pairs: stop after so many usable pairs; None for all.
+        max_length: tokens of prompt and one completion together.
+        template: auto, chat or plain; see `tokenize_pairs`.
+        batch_size: pairs of a forward pass on each device.
+        load_tokenizer: -> the policy's tokenizer, called once the rows are known to be well-formed.
+        seed: of the order.
+
+    """
+
+    def __init__(
+        self, *, load_tokenizer: Callable[[], Any], seed: int, max_length: int, batch_size: int, path: str | None = None,
+        val_path: str | None = None, name: str | None = None, subset: str | None = None, split: str = "train",
+        val_split: str | None = None, val_fraction: float = 0.15, max_pairs: int | None = None,
+        template: str = "auto", shuffle: bool = True,
+    ):  # fmt: skip
+        super().__init__()
+        self.source, self.val_source = sources(path, val_path, name, subset, split, val_split)
+        self.load_tokenizer, self.seed, self.max_length, self.batch_size = load_tokenizer, seed, max_length, batch_size
+        self.val_fraction, self.max_pairs, self.template, self.shuffle = val_fraction, max_pairs, template, shuffle
+        self.tokenizer: Any = None
+        self.train: Any = None
+        self.val: Any = None
+        self.census: Census | None = None
+
+    def prepare_data(self) -> None:
+        """Read, judge and tokenise all rows; idempotent. Raises UserError for what the user can mend."""
+        if self.train is not None:
+            return
+        for source in (self.source, self.val_source):
+            if source is not None:
+                validate(source)
+        self.tokenizer = self.load_tokenizer()
+        table, self.census = self._table(self.source)
+        if self.val_source is not None:
+            self.train, self.val = table, self._table(self.val_source)[0]
+            return
+        columns = table.with_format("numpy")
+        train, val = split(np.asarray(columns["prompt_key"]), self.val_fraction)
+        self.train, self.val = table.select(train), table.select(val)
+
+    def _table(self, source: Source) -> tuple[Any, Census]:
+        table, census = prepare(source, self.tokenizer, self.max_length, self.template, self.max_pairs)
+        if not len(table):
+            raise UserError(f"{source.name}: no usable pair within data.max_length={self.max_length}; raise it")
+        return table, census
+
+    def setup(self, stage: str) -> None:
+        """Memory-map what `prepare_data` made."""
+        self.prepare_data()
+
+    def examples(self, count: int) -> list[dict[str, Any]]:
+        """Return the first held-out rows: prompt as token ids, question as text."""
+        return [self.val[row] for row in range(min(count, len(self.val)))]
+
+    def lengths(self, table: Any) -> np.ndarray:
+        """Return the tokens of prompt, chosen and rejected of each pair, shape (pairs, 3)."""
+        import pyarrow.compute as pc
+
+        table = table.flatten_indices() if table._indices is not None else table
+        columns = [pc.list_value_length(table.data.column(c)) for c in ("prompt", "chosen", "rejected")]
+        return np.stack([column.to_numpy() for column in columns], 1)
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Return this rank's micro-batches; Lightning sets the epoch of the order."""
+        trainer = self.trainer
+        assert trainer is not None
+        order = TrainingOrder(
+            len(self.train), self.batch_size, trainer.accumulate_grad_batches, self.seed, self.shuffle,
+            trainer.global_rank, trainer.world_size,
+        )  # fmt: skip
+        if not len(order):
+            need = self.batch_size * trainer.accumulate_grad_batches * trainer.world_size
+            raise UserError(
+                f"{len(self.train)} training pairs do not fill one step of {need}: lower data.batch_size, "
+                "trainer.accumulate_grad_batches or trainer.devices"
+            )
+        return DataLoader(PairTable(self.train), sampler=order, batch_size=None)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """Return this rank's share of the validation pairs."""
+        trainer = self.trainer
+        assert trainer is not None
+        lengths = self.lengths(self.val).sum(1)
+        order = ValidationOrder(lengths, self.batch_size, trainer.global_rank, trainer.world_size)
+        return DataLoader(PairTable(self.val), sampler=order, batch_size=None)
+
+
+def sources(
+    path: str | None, val_path: str | None, name: str | None, subset: str | None, split: str, val_split: str | None
+) -> tuple[Source, Source | None]:
+    """Return where the training rows and, if they are given apart, the validation rows come from."""
+    val = FileSource(val_path) if val_path else None
+    if path is not None:
+        return FileSource(path), val
+    assert name is not None, "config.check demands one of path and name"
+    return HubSource(name, split, subset), val or (HubSource(name, val_split, subset) if val_split else None)

@@ -1,0 +1,175 @@
+"""A source of rows becomes a memory-mapped table of token ids, once: `datasets` keeps it under a content key.
+
+Memory stays flat: rows stream through in batches, and the table is read from disk as it is needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpo_lightning.data.pairs import Unusable, to_pair
+from dpo_lightning.data.sources import Source
+from dpo_lightning.data.tokenize import tokenize_pairs
+from dpo_lightning.types import Pair, UserError
+
+VERSION = 1  # part of the key: raise it when the same rows would give other ids
+TOKENIZER_BATCH = 1000
+SHOWN = 5  # bad rows that are named before the rest is counted
+
+
+@dataclass
+class Census:
+    """What became of the rows: how many were used, and why the others were not."""
+
+    rows: int = 0
+    pairs: int = 0
+    truncated: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+
+    def skip(self, reason: str) -> None:
+        """Count a row that holds no preference."""
+        self.skipped[reason] = self.skipped.get(reason, 0) + 1
+
+
+def cache_dir() -> Path:
+    """Return the folder for everything that is computed once: $DPO_LIGHTNING_CACHE, else under ~/.cache."""
+    home = os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")
+    return Path(os.environ.get("DPO_LIGHTNING_CACHE", Path(home, "dpo_lightning")))
+
+
+def prepare(
+    source: Source, tokenizer: Any, max_length: int, template: str, max_pairs: int | None
+) -> tuple[Any, Census]:
+    """Return the table (prompt, chosen, rejected: int32 lists; prompt_key: int64; question: text) and the census of its rows.
+
+    The rows must have passed `validate`.
+    """
+    from datasets import Dataset, Features, List, Value
+
+    settings = [VERSION, source.digest(), tokenizer_digest(tokenizer), max_length, template, max_pairs]
+    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
+    census_file = cache_dir() / "data" / f"{key}.json"
+    ids = List(Value("int32"))
+    table = Dataset.from_generator(
+        _tokenized,
+        features=Features({"prompt": ids, "chosen": ids, "rejected": ids, "prompt_key": Value("int64"), "question": Value("string")}),
+        cache_dir=str(cache_dir() / "data"),
+        gen_kwargs={"job": _Job(source, tokenizer, max_length, template, max_pairs, census_file)},
+        fingerprint=key,
+    )
+    return table, Census(**json.loads(census_file.read_text()))
+
+
+def validate(source: Source) -> None:
+    """Read every row; raise one UserError that names the first bad ones and counts the rest.
+
+    Rows that have passed once are not read again as long as they do not change.
+    """
+    passed = cache_dir() / "data" / f"valid-{VERSION}-{hashlib.sha256(source.digest().encode()).hexdigest()[:32]}"
+    if passed.exists():
+        return
+    census, bad = Census(), []
+    for place, row in source.rows():
+        census.rows += 1
+        try:
+            to_pair(row)
+            census.pairs += 1
+        except Unusable as reason:
+            census.skip(str(reason))
+        except UserError as error:
+            bad.append(f"{place}: {error}")
+    if bad:
+        more = [f"... and {len(bad) - SHOWN} more bad rows"] if len(bad) > SHOWN else []
+        raise UserError("\n".join([*bad[:SHOWN], *more]))
+    if not census.pairs:
+        why = ", ".join(f"{n} {reason}" for reason, n in census.skipped.items()) or "it has no rows"
+        raise UserError(f"{source.name}: no usable pair ({why}); give rows with a prompt and two different answers")
+    passed.parent.mkdir(parents=True, exist_ok=True)
+    passed.touch()
+
+
+@dataclass
+class _Job:
+    source: Source
+    tokenizer: Any
+    max_length: int
+    template: str
+    max_pairs: int | None
+    census_file: Path
+
+
+def _tokenized(job: _Job) -> Iterator[dict[str, Any]]:
+    census = Census()
+    usable = itertools.islice(_usable(job.source, census), job.max_pairs)
+    while batch := list(itertools.islice(usable, TOKENIZER_BATCH)):
+        for pair, tokens in zip(
+            batch, tokenize_pairs(batch, job.tokenizer, job.max_length, job.template), strict=True
+        ):
+            if tokens is None:
+                census.skip("equal after truncation")
+                continue
+            census.pairs += 1
+            census.truncated += tokens.truncated
+            columns = zip(("prompt", "chosen", "rejected"), tokens[:3], strict=True)
+            ids = {name: np.array(ids, np.int32) for name, ids in columns}
+            yield {**ids, "prompt_key": _prompt_key(pair), "question": _question(pair)}
+    scratch = job.census_file.with_suffix(f".{os.getpid()}")
+    scratch.write_text(json.dumps(vars(census)))
+    scratch.replace(job.census_file)
+
+
+def _usable(source: Source, census: Census) -> Iterator[Pair]:
+    for _, row in source.rows():
+        census.rows += 1
+        try:
+            yield to_pair(row)
+        except Unusable as reason:
+            census.skip(str(reason))
+
+
+def _prompt_key(pair: Pair) -> int:
+    text = json.dumps(pair.prompt, ensure_ascii=True, sort_keys=True)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big", signed=True)
+
+
+def _question(pair: Pair) -> str:
+    """Return what the user asked last, for people to read."""
+    return pair.prompt if isinstance(pair.prompt, str) else pair.prompt[-1]["content"]
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Return a text that changes with anything that changes the ids a tokenizer gives."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    model = backend.to_str() if backend else json.dumps(sorted(tokenizer.get_vocab().items()))
+    parts = [model, str(tokenizer.chat_template), str(tokenizer.special_tokens_map)]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def split(prompt_keys: np.ndarray, val_fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return the row numbers for training and for validation, in order; no prompt is in both.
+
+    Prompts are ranked by their hash, so that the same prompts are held out whatever the file's order.
+    """
+    prompts, first = np.unique(prompt_keys, return_inverse=True)
+    if len(prompts) < 2:
+        raise UserError("one prompt alone cannot be split for validation; add rows or give data.val_path=FILE")
+    wanted = max(1, round(len(prompt_keys) * val_fraction))
+    rows_below = np.cumsum(np.bincount(first))
+    held_out = min(int(np.searchsorted(rows_below, wanted)) + 1, len(prompts) - 1)
+    in_val = first < held_out
+    return np.flatnonzero(~in_val), np.flatnonzero(in_val)
+
+
+def most_common(census: Census) -> str:
+    """Return the reasons for skipped rows, most frequent first, as text."""
+    return ", ".join(f"{n} {reason}" for reason, n in Counter(census.skipped).most_common())

@@ -1,0 +1,166 @@
+"""Where rows come from: a file, a data set that ships with the package, or the hub.
+
+Rows of files are read as a stream, so that memory does not grow with the file.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import io
+import itertools
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol, cast
+
+from dpo_lightning.types import UserError
+
+SHIPPED = Path(__file__).parent / "shipped"
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
+
+
+class Source(Protocol):
+    """A named, repeatable stream of rows."""
+
+    @property
+    def name(self) -> str:
+        """Return what to call it in messages, in the summary and on the model card."""
+        ...
+
+    def digest(self) -> str:
+        """Return a text that changes whenever the rows do."""
+        ...
+
+    def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield each row with the place it stands at, for error messages."""
+        ...
+
+
+@dataclass(frozen=True)
+class FileSource:
+    """A jsonl, json (a list of rows), csv or parquet file, each also as .gz but parquet."""
+
+    path: str
+
+    @property
+    def name(self) -> str:
+        """Return the file's name, or shipped:NAME as it was given."""
+        return self.path if self.path.startswith("shipped:") else Path(self.path).name
+
+    @property
+    def file(self) -> Path:
+        """Return where the file lies."""
+        shipped = self.path.startswith("shipped:")
+        return SHIPPED / f"{self.path.removeprefix('shipped:')}.jsonl" if shipped else Path(self.path)
+
+    def digest(self) -> str:
+        """Return the sha256 of the file's bytes."""
+        with self.file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+
+    def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield `("FILE line 3", row)`; a UserError names the first line that cannot be read."""
+        suffixes = [s.lower() for s in self.file.suffixes]
+        kind = next((s for s in reversed(suffixes) if s in SUFFIXES), None)
+        if kind is None:
+            raise UserError(f"data.path={self.path}: unknown kind of file; give one of {', '.join(SUFFIXES)}")
+        if kind == ".parquet":
+            yield from self._parquet()
+            return
+        with cast(BinaryIO, gzip.open(self.file) if suffixes[-1] == ".gz" else self.file.open("rb")) as stream:
+            try:
+                yield from {".csv": self._csv, ".json": self._json}.get(kind, self._jsonl)(stream)
+            except (gzip.BadGzipFile, EOFError) as error:
+                raise UserError(f"{self.name}: not a whole gzip file ({error}); copy it again") from None
+
+    def _jsonl(self, stream: Iterable[bytes]) -> Iterator[tuple[str, dict[str, Any]]]:
+        for number, line in enumerate(stream, 1):
+            if line.strip(b"\xef\xbb\xbf \t\r\n"):
+                place = f"{self.name} line {number}"
+                yield place, self._object(place, self._parse(place, line))
+
+    def _json(self, stream: BinaryIO) -> Iterator[tuple[str, dict[str, Any]]]:
+        start = stream.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
+        stream.seek(0)
+        if start.startswith(b"{"):  # rows a line each, whatever the file is called
+            yield from self._jsonl(stream)
+            return
+        rows = self._parse(self.name, stream.read())
+        if not isinstance(rows, list):
+            raise UserError(f"{self.name}: must hold a list of rows, or one row a line")
+        for number, row in enumerate(rows, 1):
+            place = f"{self.name} row {number}"
+            yield place, self._object(place, row)
+
+    def _csv(self, stream: BinaryIO) -> Iterator[tuple[str, dict[str, Any]]]:
+        reader = csv.DictReader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""))
+        try:
+            for number, row in enumerate(reader, 1):
+                yield f"{self.name} row {number}", row
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise UserError(f"{self.name} line {reader.line_num + 1}: {error}; save the file as UTF-8 csv") from None
+
+    def _parquet(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        import pyarrow
+        from pyarrow import parquet
+
+        try:
+            batches = parquet.ParquetFile(self.file).iter_batches(batch_size=1000)
+            numbers = itertools.count(1)
+            for batch in batches:
+                yield from ((f"{self.name} row {next(numbers)}", row) for row in batch.to_pylist())
+        except (pyarrow.ArrowInvalid, OSError) as error:
+            raise UserError(f"{self.name}: not a parquet file ({str(error).splitlines()[0]})") from None
+
+    def _parse(self, place: str, text: bytes) -> Any:
+        try:
+            return json.loads(text.decode("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            raise UserError(f"{place}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
+        except json.JSONDecodeError as error:
+            where = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno} column {error.colno}"
+            raise UserError(f"{place}: not JSON ({error.msg} at {where}); mend or remove it") from None
+
+    @staticmethod
+    def _object(place: str, row: Any) -> dict[str, Any]:
+        if not isinstance(row, dict):
+            raise UserError(f"{place}: a row must be an object with keys, found {type(row).__name__}")
+        return row
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """A split of a data set on the hub, or in its local cache."""
+
+    repo: str
+    split: str
+    subset: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Return repository, subset and split."""
+        return f"{self.repo}{f'/{self.subset}' if self.subset else ''} ({self.split})"
+
+    def _load(self) -> Any:
+        from datasets import load_dataset
+
+        try:
+            return load_dataset(self.repo, self.subset, split=self.split)
+        except Exception as error:  # the hub raises a dozen kinds; all mean that the data cannot be had
+            raise UserError(
+                f"data.name={self.repo}: cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0]}); "
+                "check the name, subset and split, log in with `hf auth login` if it is gated, "
+                "or download it where there is a network and give data=jsonl data.path=FILE"
+            ) from None
+
+    def digest(self) -> str:
+        """Return the fingerprint that `datasets` keeps for the loaded split."""
+        return f"{self.repo}/{self.subset}/{self.split}/{self._load()._fingerprint}"
+
+    def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield the split's rows in order."""
+        for number, row in enumerate(self._load(), 1):
+            yield f"{self.name} row {number}", row

@@ -1,0 +1,130 @@
+"""Pairs become token ids: prompt, chosen and rejected, where the prompt ends exactly where the completions begin."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from dpo_lightning.types import Message, Pair, UserError
+
+# Llama 3's template writes today's date into every prompt unless it is given one: the day must not change the data.
+TEMPLATE_DATE = "26 Jul 2024"
+
+
+class Tokens(NamedTuple):
+    """Token ids of a pair, and whether max_length cut anything."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+    truncated: bool
+
+
+def tokenize_pairs(pairs: Sequence[Pair], tokenizer: Any, max_length: int, template: str = "auto") -> list[Tokens | None]:
+    """Tokenise pairs in one batch; None stands for a pair whose sides are equal once they are cut.
+
+    Messages, and text where `template` says so, go through the tokenizer's chat template; other text is taken
+    as it is, with the tokenizer's own BOS before it and one EOS behind. The prompt is the longest run of tokens
+    that prompt + chosen, prompt + rejected and the prompt alone have in common.
+    """
+    chat = use_chat(tokenizer, template)
+    rendered = [_render(pair, tokenizer, chat) for pair in pairs]
+    plain = [isinstance(pair.prompt, str) and not chat for pair in pairs]
+    prompts, chosen, rejected = (_encode(texts, plain, tokenizer) for texts in zip(*rendered, strict=True))
+    closing = _closing_ids(tokenizer)
+    tokens = []
+    for p, c, r in zip(prompts, chosen, rejected, strict=True):
+        at = _common_prefix(p, c, r)
+        sides = [ids[at:] if closing & {*ids[at:][-2:]} else [*ids[at:], tokenizer.eos_token_id] for ids in (c, r)]
+        bos = tokenizer.bos_token_id
+        prompt = p[:at] or [tokenizer.eos_token_id if bos is None else bos]  # something must predict the first token
+        tokens.append(_cut(prompt, sides[0], sides[1], max_length, bos))
+    return tokens
+
+
+def use_chat(tokenizer: Any, template: str) -> bool:
+    """Return whether text rows become a chat: 'auto' means where the tokenizer has a chat template."""
+    if template == "chat" and not tokenizer.chat_template:
+        raise UserError("data.template=chat: this tokenizer has no chat template; use data.template=plain")
+    return bool(tokenizer.chat_template) and template != "plain"
+
+
+def _render(pair: Pair, tokenizer: Any, chat: bool) -> tuple[str, str, str]:
+    prompt, chosen, rejected = pair
+    if isinstance(prompt, str) and not chat:
+        return prompt, f"{prompt}{chosen}", f"{prompt}{rejected}"
+    if not tokenizer.chat_template:
+        raise UserError(
+            "the data are messages but the tokenizer has no chat template: give model.tokenizer= one that has, "
+            "for instance the instruct variant's"
+        )
+    turns = [_turns(part, role) for part, role in zip(pair, ("user", "assistant", "assistant"), strict=True)]
+    return (
+        _apply(turns[0], tokenizer, add_generation_prompt=True),
+        _apply(turns[0] + turns[1], tokenizer),
+        _apply(turns[0] + turns[2], tokenizer),
+    )
+
+
+def _turns(part: str | list[Message], role: str) -> list[Message]:
+    return [{"role": role, "content": part}] if isinstance(part, str) else part
+
+
+def _apply(turns: list[Message], tokenizer: Any, **options: Any) -> str:
+    try:
+        return tokenizer.apply_chat_template(turns, tokenize=False, date_string=TEMPLATE_DATE, **options)
+    except Exception as error:  # jinja raises what the template's author chose
+        if turns[0]["role"] == "system" and len(turns) > 1:  # Gemma's: no system role; the first turn carries it
+            merged = f"{turns[0]['content']}\n\n{turns[1]['content']}"
+            return _apply([{"role": turns[1]["role"], "content": merged}, *turns[2:]], tokenizer, **options)
+        roles = ", ".join(turn["role"] for turn in turns)
+        raise UserError(f"the chat template refuses the roles {roles}: {error}") from None
+
+
+def _encode(texts: Sequence[str], plain: list[bool], tokenizer: Any) -> list[list[int]]:
+    """Encode; the tokenizer adds its BOS to plain text that does not open with one, never to a template's."""
+    bos = tokenizer.bos_token or "\0"
+    adds = [p and not text.startswith(bos) for p, text in zip(plain, texts, strict=True)]
+    encoded: list[list[int]] = [[] for _ in texts]
+    for wanted in {*adds}:
+        rows = [i for i, add in enumerate(adds) if add == wanted]
+        ids = tokenizer([texts[i] for i in rows], add_special_tokens=wanted, return_attention_mask=False)
+        for i, row in zip(rows, ids["input_ids"], strict=True):
+            encoded[i] = row
+    return encoded
+
+
+def _closing_ids(tokenizer: Any) -> set[int]:
+    """Ids that close a turn. ChatML ends `<|im_end|>\\n`, Gemma `<end_of_turn>\\n`: among a completion's last two.
+
+    Where none is there, one EOS is appended: a model must learn where to stop.
+    """
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
+
+
+def _common_prefix(*rows: list[int]) -> int:
+    for at, ids in enumerate(zip(*rows, strict=False)):
+        if any(i != ids[0] for i in ids):
+            return at
+    return min(map(len, rows))
+
+
+def _cut(prompt: list[int], chosen: list[int], rejected: list[int], max_length: int, bos: int | None) -> Tokens | None:
+    """Cut to `max_length`: the completions keep their start, the prompt its BOS and its end.
+
+    Completions have at least half of max_length to themselves, as far as they need it.
+    """
+    longest = max(len(chosen), len(rejected))
+    truncated = len(prompt) + longest > max_length
+    if truncated:
+        prompt = _keep_end(prompt, max_length - min(longest, max_length // 2), bos)
+        room = max_length - len(prompt)
+        chosen, rejected = chosen[:room], rejected[:room]
+    return None if chosen == rejected else Tokens(prompt, chosen, rejected, truncated)
+
+
+def _keep_end(prompt: list[int], room: int, bos: int | None) -> list[int]:
+    if len(prompt) <= room:
+        return prompt
+    return [bos, *prompt[len(prompt) - room + 1 :]] if prompt[0] == bos else prompt[len(prompt) - room :]

@@ -1,0 +1,1 @@
+"""The policy, its adapter, the reference and the log-probabilities they give a batch."""

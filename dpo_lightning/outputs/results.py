@@ -1,0 +1,46 @@
+"""What a run reached, read from its metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from dpo_lightning.types import UserError
+
+ROWS = {
+    "val/loss": "loss",
+    "val/rewards/accuracies": "reward accuracy",
+    "val/rewards/margins": "reward margin",
+    "val/rewards/chosen": "reward of chosen",
+    "val/rewards/rejected": "reward of rejected",
+}
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, float]]:
+    """Return metrics.jsonl's objects; a last line cut short by a crash is left out."""
+    file = run_dir / "metrics.jsonl"
+    if not file.is_file():
+        raise UserError(f"run_dir={run_dir}: no metrics.jsonl there; give the folder of a run")
+    lines = file.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def validations(run_dir: Path) -> list[dict[str, float]]:
+    """Return the logged validations, oldest first."""
+    return [row for row in read_metrics(run_dir) if "val/loss" in row]
+
+
+def show_gain(run_dir: Path) -> None:
+    """Print the first and the last validation."""
+    rows = validations(run_dir)
+    if not rows:
+        return
+    table = Table(title="Validation", title_justify="left")
+    for name in ("", f"before (step {rows[0]['step']})", f"after (step {rows[-1]['step']})"):
+        table.add_column(name, justify="right" if name else "left")
+    for key, name in ROWS.items():
+        table.add_row(name, f"{rows[0][key]:.4f}", f"{rows[-1][key]:.4f}")
+    Console().print(table)

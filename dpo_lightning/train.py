@@ -1,0 +1,186 @@
+"""Build, fit, export: the only file that turns a configuration into objects."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from hydra.utils import instantiate
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig, OmegaConf
+from transformers.utils.logging import disable_progress_bar
+
+from dpo_lightning.config import run_dir_of
+from dpo_lightning.data.datamodule import PreferenceData
+from dpo_lightning.data.prepare import cache_dir, most_common
+from dpo_lightning.data.tokenize import use_chat
+from dpo_lightning.model.source import ModelSource
+from dpo_lightning.outputs import results, samples
+from dpo_lightning.outputs.card import Card
+from dpo_lightning.outputs.export import export
+from dpo_lightning.outputs.report import write_report
+from dpo_lightning.training import loggers
+from dpo_lightning.training.checkpoint import Checkpoints, to_resume
+from dpo_lightning.training.interrupt import Interrupt
+from dpo_lightning.training.metric_log import MetricLog
+from dpo_lightning.training.module import DPOModule
+from dpo_lightning.training.optim import resolve_lr
+from dpo_lightning.training.precision import frozen_dtype, resolve_precision, store_linears
+from dpo_lightning.training.progress import ProgressBar
+from dpo_lightning.training.summary import Summary, print_facts
+from dpo_lightning.types import UserError
+
+INTERRUPTED = 130  # exit code, the shell's for Ctrl-C
+
+logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+disable_progress_bar()  # of weight loading; the training has one of its own
+
+
+def train(cfg: DictConfig, job: int | None = None) -> int:
+    """Train what a checked configuration describes; return the exit code. `job` numbers the trials of a multirun."""
+    run_dir = run_dir_of(cfg, job)
+    resume = to_resume(cfg.resume, run_dir)
+    pl.seed_everything(cfg.seed, verbose=False)
+    source: ModelSource = instantiate(cfg.model, _convert_="all", cache=cache_dir() / "models")
+    data = build_data(cfg, source)
+    resolve(cfg)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    config = save_config(cfg, run_dir)
+    interrupt, log = Interrupt(), MetricLog()
+    trainer = build_trainer(cfg, run_dir, config, [
+        Summary(facts(cfg, source, data, run_dir)), log, interrupt,
+        Checkpoints(run_dir, cfg.checkpoint.every_n_steps, interrupt),
+    ])  # fmt: skip
+    module = build_module(cfg, source)
+    with interrupt.installed(), finished_loggers():
+        trainer.fit(module, data, ckpt_path=resume, weights_only=True)
+        if not interrupt.requested and log.is_stale(trainer):
+            trainer.validate(module, data, verbose=False)
+    if trainer.is_global_zero:
+        finish(cfg, config, source, data, trainer, module, run_dir, interrupt.requested)
+    return INTERRUPTED if interrupt.requested else 0
+
+
+def resolve(cfg: DictConfig) -> None:
+    """Replace every `auto` of the configuration that does not need the model by what it stands for."""
+    full = "r" not in cfg.lora
+    cfg.trainer.precision = resolve_precision(cfg.trainer.precision, cfg.trainer.accelerator)
+    cfg.optim.lr = resolve_lr(cfg.optim.lr, full)
+    if cfg.reference.mode == "auto":
+        cfg.reference.mode = "frozen_copy" if full else "adapter_off"
+
+
+def save_config(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
+    """Write the resolved configuration into the run folder and return it as plain values."""
+    OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
+    return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]
+
+
+def build_data(cfg: DictConfig, source: ModelSource) -> PreferenceData:
+    """Return the data, every row read and judged: before this, no model is loaded."""
+    data: PreferenceData = instantiate(cfg.data)(load_tokenizer=source.load_tokenizer, seed=cfg.seed)
+    data.prepare_data()
+    return data
+
+
+def only_check(cfg: DictConfig) -> int:
+    """Read configuration, tokenizer and rows, and say what a training would run on; load no model."""
+    source: ModelSource = instantiate(cfg.model, _convert_="all", cache=cache_dir() / "models")
+    data = build_data(cfg, source)
+    resolve(cfg)
+    print_facts("DPO", facts(cfg, source, data, run_dir_of(cfg)))
+    return 0
+
+
+def build_trainer(cfg: DictConfig, run_dir: Path, config: dict[str, Any], callbacks: list[pl.Callback]) -> pl.Trainer:
+    """Return Lightning's Trainer; what it refuses becomes a UserError."""
+    chosen = list(instantiate(cfg.callbacks).values())
+    try:
+        return instantiate(
+            cfg.trainer, _convert_="all", strategy=instantiate(cfg.strategy)(),
+            logger=[loggers.JsonlLogger(run_dir), *instantiate(cfg.logger)(run_dir, config)],
+            callbacks=[*callbacks, *chosen], default_root_dir=run_dir, enable_checkpointing=False,
+            enable_model_summary=False, enable_progress_bar=any(isinstance(c, ProgressBar) for c in chosen),
+            use_distributed_sampler=False,
+        )  # fmt: skip
+    except Exception as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, MisconfigurationException | TypeError | ValueError):
+            raise UserError(f"trainer: {str(cause).splitlines()[0]}") from error
+        raise
+
+
+def build_module(cfg: DictConfig, source: ModelSource) -> DPOModule:
+    """Return the module; its models are built when the trainer calls for them."""
+    precision = cfg.trainer.precision
+    full = "r" not in cfg.lora
+    # A trained weight is kept in float32 and rounded on use; a frozen one is stored as it is used.
+    dtype = frozen_dtype(precision if not full or precision == "bf16-true" else "32-true")
+    add_lora = instantiate(cfg.lora)
+
+    def frozen_model() -> Any:
+        model = source.load(dtype)
+        return store_linears(model, frozen_dtype(precision)) if full else model
+
+    return DPOModule(
+        build_policy=lambda: add_lora(source.load(dtype)),
+        build_reference=partial(instantiate(cfg.reference), load=frozen_model),
+        loss=instantiate(cfg.loss), beta=cfg.loss.beta, build_optimizer=instantiate(cfg.optim), seed=cfg.seed,
+    )  # fmt: skip
+
+
+def facts(cfg: DictConfig, source: ModelSource, data: PreferenceData, run_dir: Path) -> Mapping[str, str]:
+    """Return what the summary tells before the model is built."""
+    lengths = data.lengths(data.train)
+    mean, longest = lengths.mean(0), (lengths[:, :1] + lengths[:, 1:]).max()
+    census = data.census
+    assert census is not None
+    skipped = f"; {sum(census.skipped.values())} of {census.rows} rows skipped: {most_common(census)}" if census.skipped else ""
+    text = "chat template" if use_chat(data.tokenizer, cfg.data.template) else "plain text"
+    lora = f"LoRA r {cfg.lora.r} on {cfg.lora.target_modules}" if "r" in cfg.lora else "full fine-tuning"
+    effective = cfg.data.batch_size * cfg.trainer.accumulate_grad_batches
+    return {
+        "model": f"{source.base}, {lora}" + (", untrained random weights" if source.init == "random" else ""),
+        "data": f"{data.source.name}: {len(data.train)} training pairs, {len(data.val)} held out, {text}{skipped}",
+        "lengths": f"prompt {mean[0]:.0f}, chosen {mean[1]:.0f}, rejected {mean[2]:.0f} tokens on average; longest "
+        f"sequence {longest}, {census.truncated} pairs cut to data.max_length={cfg.data.max_length}",
+        "loss": ", ".join(f"{k} {v}" for k, v in cfg.loss.items() if not k.startswith("_")),
+        "optimizer": f"AdamW, lr {cfg.optim.lr:g}, {cfg.optim.schedule}; {effective} pairs a step and device",
+        "run folder": str(run_dir),
+    }  # fmt: skip
+
+
+def finish(
+    cfg: DictConfig, config: dict[str, Any], source: ModelSource, data: PreferenceData, trainer: pl.Trainer,
+    module: DPOModule, run_dir: Path, interrupted: bool,
+) -> None:  # fmt: skip
+    """Show what was gained, answer the sample prompts, export, report: rank 0's last work."""
+    examples = data.examples(cfg.samples.count)
+    results.show_gain(run_dir)
+    if examples and not interrupted:
+        module.to(trainer.strategy.root_device)
+        with trainer.precision_plugin.forward_context():
+            answers = samples.answer(module.policy, module.reference, data.tokenizer, examples, cfg.samples.max_new_tokens)
+        samples.save(answers, run_dir)
+        samples.show(answers)
+    card = Card(
+        base=source.base, base_loaded_from=source.folder(), note=source.note, data=data.source.name,
+        pairs=len(data.train), config=config, validations=results.validations(run_dir),
+        question=data.examples(1)[0]["question"], chat=use_chat(data.tokenizer, cfg.data.template),
+    )  # fmt: skip
+    folder = export(module.policy, data.tokenizer, run_dir, cfg.export.merge, card.text)
+    print(f"{folder.name}: {folder}\nreport:  {write_report(run_dir)}\nmetrics: {run_dir / 'metrics.jsonl'}")
+
+
+@contextmanager
+def finished_loggers() -> Any:
+    """Close W&B's run whatever happens, or the next run of the process would go on in it."""
+    try:
+        yield
+    finally:
+        loggers.finish()

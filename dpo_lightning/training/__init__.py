@@ -1,0 +1,1 @@
+"""What Lightning drives: the module, its optimizer, strategy, logging and callbacks."""

@@ -1,0 +1,71 @@
+"""Reads the module's meters once per logging interval and hands the means to every logger."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+
+from dpo_lightning.types import Batch
+
+
+class MetricLog(pl.Callback):
+    """Logs training means each `log_every_n_steps` steps, validation means after each validation.
+
+    `latest` holds what was logged last, for the progress bar; `validations` all validation means, by step.
+    """
+
+    def __init__(self) -> None:
+        self.latest: dict[str, float] = {}
+        self.validations: list[dict[str, float]] = []
+        self._logged_step = 0
+        self._since = time.perf_counter()
+        self._pairs = self._tokens = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock after set-up and first validation."""
+        self._logged_step = trainer.global_step
+        self._restart()
+
+    def _restart(self) -> None:
+        self._since, self._pairs, self._tokens = time.perf_counter(), 0, 0
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Count; at the end of a step that is to be logged, log."""
+        self._pairs += len(batch)
+        self._tokens += len(batch.ids_T) + int(batch.lengths_B3[:, 0].sum())
+        step = trainer.global_step
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if step == self._logged_step or step % every:
+            return
+        self._logged_step = step
+        metrics = pl_module.meters["train"].read("train")
+        seconds = max(time.perf_counter() - self._since, 1e-9)
+        metrics |= {
+            "train/grad_norm": float(pl_module.grad_norm),
+            "train/lr": pl_module.step_lr,
+            "train/epoch": trainer.current_epoch,
+            "perf/pairs_per_second": self._pairs * trainer.world_size / seconds,
+            "perf/tokens_per_second": self._tokens * trainer.world_size / seconds,
+        }
+        self._log(trainer, metrics, step)
+        self._restart()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Log the validation's means, those before the first update too."""
+        metrics = pl_module.meters["val"].read("val")
+        self.validations.append({"step": trainer.global_step, **metrics})
+        self._log(trainer, metrics, trainer.global_step)
+        self._restart()
+
+    def is_stale(self, trainer: pl.Trainer) -> bool:
+        """Return whether the weights have changed since the last validation; never where validation is off."""
+        return bool(self.validations) and self.validations[-1]["step"] != trainer.global_step
+
+    def _log(self, trainer: pl.Trainer, metrics: dict[str, float], step: int) -> None:
+        self.latest |= metrics
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step)

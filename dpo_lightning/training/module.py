@@ -1,0 +1,102 @@
+"""The LightningModule: a policy, a frozen reference and a loss between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from dpo_lightning.model.logps import pair_logps
+from dpo_lightning.objective.metrics import preference_metrics
+from dpo_lightning.training.meter import PairMeans
+from dpo_lightning.training.start import check_start
+from dpo_lightning.types import Batch, PairLogps
+
+Loss = Callable[[PairLogps, PairLogps], Tensor]
+
+
+class DPOModule(pl.LightningModule):
+    """Direct Preference Optimization of a policy against a frozen reference.
+
+    Args:
+        build_policy: -> policy, called once the devices are known; its trainable parameters are trained.
+        build_reference: policy -> reference with a method pair_logps(policy, batch).
+        loss: (policy's PairLogps, reference's PairLogps) -> loss of each pair, shape (B,).
+        beta: of the rewards that are logged; the loss carries its own.
+        build_optimizer: (policy, total steps) -> optimizer and its schedule.
+        seed: of the adapter's initial weights.
+
+    """
+
+    strict_loading = False  # checkpoints hold the trainable weights alone
+
+    def __init__(
+        self, *, build_policy: Callable[[], nn.Module], build_reference: Callable[[nn.Module], nn.Module],
+        loss: Loss, beta: float, build_optimizer: Callable[[nn.Module, int], tuple[Any, Any]], seed: int,
+    ):  # fmt: skip
+        super().__init__()
+        self.build_policy, self.build_reference = build_policy, build_reference
+        self.loss, self.beta, self.build_optimizer, self.seed = loss, beta, build_optimizer, seed
+        self.policy: Any = None
+        self.reference: Any = None
+        self.meters = {"train": PairMeans(), "val": PairMeans()}
+        self.grad_norm: Tensor | None = None
+        self.step_lr = 0.0
+        self.started = False
+
+    def configure_model(self) -> None:
+        """Build policy and reference, once; the adapter depends on the seed alone, not on what ran before."""
+        if self.policy is None:
+            torch.manual_seed(self.seed)
+            self.policy = self.build_policy()
+            self.reference = self.build_reference(self.policy)
+
+    def configure_optimizers(self) -> Any:
+        """Return AdamW and its schedule, which steps with every optimizer step."""
+        optimizer, schedule = self.build_optimizer(self.policy, int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def forward(self, batch: Batch) -> tuple[PairLogps, PairLogps]:
+        """Return the log-probabilities under policy and reference; the reference goes first, on an empty memory."""
+        reference = self.reference.pair_logps(self.policy, batch)
+        return pair_logps(self.policy, batch), reference
+
+    def _measure(self, batch: Batch, stage: str) -> Tensor:
+        policy, reference = self(batch)
+        loss_B = self.loss(policy, reference)
+        if not self.started and self.trainer.global_step == 0:
+            check_start(self, batch, policy, reference, loss_B)
+        self.started = True
+        self.meters[stage].add({"loss": loss_B, **preference_metrics(policy, reference, self.beta)})
+        return loss_B
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return this micro-batch's share of the step's mean over pairs.
+
+        Lightning divides by the accumulation and DDP by the number of ranks; both are taken back, so that a step
+        is the mean over its own pairs however they were dealt out.
+        """
+        trainer = self.trainer
+        share = trainer.accumulate_grad_batches * trainer.world_size / batch.step_pairs
+        return self._measure(batch, "train").sum() * share
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Measure the batch; the means are read at the end of the validation."""
+        self._measure(batch, "val")
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip by the norm of all trainable gradients, and keep norm and learning rate for the log."""
+        self.step_lr = optimizer.param_groups[0]["lr"]
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.grad_norm = nn.utils.clip_grad_norm_(parameters, gradient_clip_val or float("inf"))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave out what does not train: it comes back from the base model."""
+        trainable = {name for name, p in self.named_parameters() if p.requires_grad}
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {name: value for name, value in state.items() if name in trainable}

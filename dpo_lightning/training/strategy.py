@@ -1,0 +1,16 @@
+"""How the training is spread over devices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def build_strategy(*, name: str) -> Any:
+    """Return Lightning's strategy: auto lets it choose between one device and DDP."""
+    if name == "ddp":
+        from lightning.pytorch.strategies import DDPStrategy
+
+        return DDPStrategy(gradient_as_bucket_view=True)
+    if name == "single":
+        return "auto"
+    return name

@@ -1,0 +1,53 @@
+"""What runs, in one table, before it runs: every `auto` as what it became."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+from rich.table import Table
+
+
+class Summary(pl.Callback):
+    """Prints `facts` and what is known once the model is built: parameters, reference, devices, steps."""
+
+    def __init__(self, facts: Mapping[str, str]):
+        self.facts = facts
+
+    @rank_zero_only
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Print the table."""
+        parameters = list(pl_module.policy.parameters())
+        trainable = sum(p.numel() for p in parameters if p.requires_grad)
+        everything = sum(p.numel() for p in parameters)
+        kind = trainer.strategy.root_device.type
+        facts = {
+            **self.facts,
+            "parameters": f"{everything:,}, {trainable:,} trainable ({trainable / everything:.1%})",
+            "reference": pl_module.reference.name,
+            "devices": f"{trainer.world_size} x {kind}, strategy {type(trainer.strategy).__name__}",
+            "precision": f"{trainer.precision}; {_dtypes(parameters)}",
+            "steps": f"{int(trainer.estimated_stepping_batches)}",
+        }
+        print_facts("DPO", facts)
+
+
+def _dtypes(parameters: list[Any]) -> str:
+    def names(trains: bool) -> str:
+        return "/".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters if p.requires_grad == trains}))
+
+    frozen = names(False)
+    return f"trainable weights {names(True)}" + (f", frozen {frozen}" if frozen else "")
+
+
+def print_facts(title: str, facts: Mapping[str, str]) -> None:
+    """Print names and values as a table."""
+    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        table.add_row(name, value)
+    Console().print(table)
