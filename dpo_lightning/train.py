@@ -140,7 +140,11 @@ def facts(cfg: DictConfig, source: ModelSource, data: PreferenceData, run_dir: P
     mean, longest = lengths.mean(0), (lengths[:, :1] + lengths[:, 1:]).max()
     census = data.census
     assert census is not None
-    skipped = f"; {sum(census.skipped.values())} of {census.rows} rows skipped: {most_common(census)}" if census.skipped else ""
+    skipped = (
+        f"; {sum(census.skipped.values())} of {census.rows} rows skipped: {most_common(census)}"
+        if census.skipped
+        else ""
+    )
     text = "chat template" if use_chat(data.tokenizer, cfg.data.template) else "plain text"
     lora = f"LoRA r {cfg.lora.r} on {cfg.lora.target_modules}" if "r" in cfg.lora else "full fine-tuning"
     effective = cfg.data.batch_size * cfg.trainer.accumulate_grad_batches
@@ -165,7 +169,9 @@ def finish(
     if examples and not interrupted:
         module.to(trainer.strategy.root_device)
         with trainer.precision_plugin.forward_context():
-            answers = samples.answer(module.policy, module.reference, data.tokenizer, examples, cfg.samples.max_new_tokens)
+            answers = samples.answer(
+                module.policy, module.reference, data.tokenizer, examples, cfg.samples.max_new_tokens
+            )
         samples.save(answers, run_dir)
         samples.show(answers)
     card = Card(

@@ -57,7 +57,14 @@ class TrainingOrder(Sampler[MicroBatch]):
     """One rank's micro-batches of an epoch. Lightning sets the epoch; `consumed` pairs of it are left out."""
 
     def __init__(
-        self, pairs: int, batch_size: int, accumulate: int, seed: int, shuffle: bool, rank: int = 0, world: int = 1
+        self,
+        pairs: int,
+        batch_size: int,
+        accumulate: int,
+        seed: int,
+        shuffle: bool,
+        rank: int = 0,
+        world: int = 1,
     ):
         self.pairs, self.batch_size, self.accumulate = pairs, batch_size, accumulate
         self.seed, self.shuffle, self.rank, self.world = seed, shuffle, rank, world

@@ -31,15 +31,26 @@ class PreferenceData(pl.LightningDataModule):
     """
 
     def __init__(
-        self, *, load_tokenizer: Callable[[], Any], seed: int, max_length: int, batch_size: int, path: str | None = None,
+        self, *, load_tokenizer: Callable[[], Any], seed: int, max_length: int, batch_size: int,
+        path: str | None = None,
         val_path: str | None = None, name: str | None = None, subset: str | None = None, split: str = "train",
         val_split: str | None = None, val_fraction: float = 0.15, max_pairs: int | None = None,
         template: str = "auto", shuffle: bool = True,
     ):  # fmt: skip
         super().__init__()
         self.source, self.val_source = sources(path, val_path, name, subset, split, val_split)
-        self.load_tokenizer, self.seed, self.max_length, self.batch_size = load_tokenizer, seed, max_length, batch_size
-        self.val_fraction, self.max_pairs, self.template, self.shuffle = val_fraction, max_pairs, template, shuffle
+        self.load_tokenizer, self.seed, self.max_length, self.batch_size = (
+            load_tokenizer,
+            seed,
+            max_length,
+            batch_size,
+        )
+        self.val_fraction, self.max_pairs, self.template, self.shuffle = (
+            val_fraction,
+            max_pairs,
+            template,
+            shuffle,
+        )
         self.tokenizer: Any = None
         self.train: Any = None
         self.val: Any = None
@@ -77,10 +88,12 @@ class PreferenceData(pl.LightningDataModule):
 
     def lengths(self, table: Any) -> np.ndarray:
         """Return the tokens of prompt, chosen and rejected of each pair, shape (pairs, 3)."""
-        import pyarrow.compute as pc
+        from pyarrow import compute
+
+        lengths_of = compute.list_value_length  # type: ignore[attr-defined]  # made at import
 
         table = table.flatten_indices() if table._indices is not None else table
-        columns = [pc.list_value_length(table.data.column(c)) for c in ("prompt", "chosen", "rejected")]
+        columns = [lengths_of(table.data.column(c)) for c in ("prompt", "chosen", "rejected")]
         return np.stack([column.to_numpy() for column in columns], 1)
 
     def train_dataloader(self) -> DataLoader[Batch]:
@@ -109,7 +122,12 @@ class PreferenceData(pl.LightningDataModule):
 
 
 def sources(
-    path: str | None, val_path: str | None, name: str | None, subset: str | None, split: str, val_split: str | None
+    path: str | None,
+    val_path: str | None,
+    name: str | None,
+    subset: str | None,
+    split: str,
+    val_split: str | None,
 ) -> tuple[Source, Source | None]:
     """Return where the training rows and, if they are given apart, the validation rows come from."""
     val = FileSource(val_path) if val_path else None

@@ -1,10 +1,10 @@
-"""A row, in any of the formats that preference data comes in, becomes a Pair. No switch: the row tells.
+r"""A row, in any of the formats that preference data comes in, becomes a Pair. No switch: the row tells.
 
-    {"prompt": "...", "chosen": "...", "rejected": "..."}                        text
-    {"prompt": [...], "chosen": [...], "rejected": [...]}                        messages, prompt repeated or not
-    {"chosen": [...], "rejected": [...]}                                         messages, prompt inside both
-    {"chosen": "\n\nHuman: ...\n\nAssistant: ...", "rejected": "..."}            Anthropic HH's transcripts
-    {"conversations": [{"from": "human", "value": ...}], "chosen": {...}, ...}   ShareGPT
+{"prompt": "...", "chosen": "...", "rejected": "..."}                        text
+{"prompt": [...], "chosen": [...], "rejected": [...]}                        messages, prompt repeated or not
+{"chosen": [...], "rejected": [...]}                                         messages, prompt inside both
+{"chosen": "\n\nHuman: ...\n\nAssistant: ...", "rejected": "..."}            Anthropic HH's transcripts
+{"conversations": [{"from": "human", "value": ...}], "chosen": {...}, ...}   ShareGPT
 """
 
 from __future__ import annotations
@@ -68,9 +68,7 @@ def transcript(text: str, key: str) -> list[Message]:
 def _conversation(context: Any, chosen: Any, rejected: Any) -> Pair:
     """Return a pair of messages; what both sides open with moves into the prompt."""
     prompt = [] if context is None else messages(context, "prompt", "user")
-    sides = [
-        messages(side, key, "assistant") for side, key in ((chosen, "chosen"), (rejected, "rejected"))
-    ]
+    sides = [messages(side, key, "assistant") for side, key in ((chosen, "chosen"), (rejected, "rejected"))]
     if all(side[: len(prompt)] == prompt for side in sides):
         sides = [side[len(prompt) :] for side in sides]
     if not all(sides):

@@ -22,7 +22,7 @@ from dpo_lightning.data.sources import Source
 from dpo_lightning.data.tokenize import tokenize_pairs
 from dpo_lightning.types import Pair, UserError
 
-VERSION = 1  # part of the key: raise it when the same rows would give other ids
+VERSION = 2  # part of the key: raise it when the same rows would give other ids
 TOKENIZER_BATCH = 1000
 SHOWN = 5  # bad rows that are named before the rest is counted
 
@@ -50,7 +50,9 @@ def cache_dir() -> Path:
 def prepare(
     source: Source, tokenizer: Any, max_length: int, template: str, max_pairs: int | None
 ) -> tuple[Any, Census]:
-    """Return the table (prompt, chosen, rejected: int32 lists; prompt_key: int64; question: text) and the census of its rows.
+    """Return the table and the census of the rows it was made of.
+
+    Columns: prompt, chosen, rejected, lists of int32; prompt_key, int64; question, text.
 
     The rows must have passed `validate`.
     """
@@ -62,7 +64,15 @@ def prepare(
     ids = List(Value("int32"))
     table = Dataset.from_generator(
         _tokenized,
-        features=Features({"prompt": ids, "chosen": ids, "rejected": ids, "prompt_key": Value("int64"), "question": Value("string")}),
+        features=Features(
+            {
+                "prompt": ids,
+                "chosen": ids,
+                "rejected": ids,
+                "prompt_key": Value("int64"),
+                "question": Value("string"),
+            }
+        ),
         cache_dir=str(cache_dir() / "data"),
         gen_kwargs={"job": _Job(source, tokenizer, max_length, template, max_pairs, census_file)},
         fingerprint=key,
@@ -112,9 +122,7 @@ def _tokenized(job: _Job) -> Iterator[dict[str, Any]]:
     census = Census()
     usable = itertools.islice(_usable(job.source, census), job.max_pairs)
     while batch := list(itertools.islice(usable, TOKENIZER_BATCH)):
-        for pair, tokens in zip(
-            batch, tokenize_pairs(batch, job.tokenizer, job.max_length, job.template), strict=True
-        ):
+        for pair, tokens in zip(batch, tokenize_pairs(batch, job.tokenizer, job.max_length, job.template), strict=True):
             if tokens is None:
                 census.skip("equal after truncation")
                 continue

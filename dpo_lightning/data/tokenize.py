@@ -20,7 +20,9 @@ class Tokens(NamedTuple):
     truncated: bool
 
 
-def tokenize_pairs(pairs: Sequence[Pair], tokenizer: Any, max_length: int, template: str = "auto") -> list[Tokens | None]:
+def tokenize_pairs(
+    pairs: Sequence[Pair], tokenizer: Any, max_length: int, template: str = "auto"
+) -> list[Tokens | None]:
     """Tokenise pairs in one batch; None stands for a pair whose sides are equal once they are cut.
 
     Messages, and text where `template` says so, go through the tokenizer's chat template; other text is taken
@@ -95,7 +97,7 @@ def _encode(texts: Sequence[str], plain: list[bool], tokenizer: Any) -> list[lis
 
 
 def _closing_ids(tokenizer: Any) -> set[int]:
-    """Ids that close a turn. ChatML ends `<|im_end|>\\n`, Gemma `<end_of_turn>\\n`: among a completion's last two.
+    r"""Ids that close a turn. ChatML ends `<|im_end|>\n`, Gemma `<end_of_turn>\n`: among a completion's last two.
 
     Where none is there, one EOS is appended: a model must learn where to stop.
     """
@@ -127,4 +129,6 @@ def _cut(prompt: list[int], chosen: list[int], rejected: list[int], max_length: 
 def _keep_end(prompt: list[int], room: int, bos: int | None) -> list[int]:
     if len(prompt) <= room:
         return prompt
-    return [bos, *prompt[len(prompt) - room + 1 :]] if prompt[0] == bos else prompt[len(prompt) - room :]
+    if bos is not None and prompt[0] == bos:
+        return [bos, *prompt[len(prompt) - room + 1 :]]
+    return prompt[len(prompt) - room :]

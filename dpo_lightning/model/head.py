@@ -8,6 +8,7 @@ and the backward pass is a row scale. With a trainable head the logits are recom
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +58,7 @@ class LinearLogp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_SH: Tensor, weight_VH: Tensor, y_S: Tensor, rule: LogitRule, chunk: int) -> Tensor:
+        """Sweep over chunks of rows; keep the unit gradients where the head is frozen, the inputs where it trains."""
         ctx.rule, ctx.chunk = rule, chunk
         need_x, ctx.need_weight = ctx.needs_input_grad[:2]
         with_unit = need_x and not ctx.need_weight
@@ -74,6 +76,7 @@ class LinearLogp(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_S: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """Scale the unit gradients, or recompute each chunk's logits for the gradients of rows and weight."""
         if not ctx.need_weight:
             (unit_SH,) = ctx.saved_tensors
             return unit_SH * grad_S[:, None].to(unit_SH.dtype), None, None, None, None
@@ -102,12 +105,14 @@ def install_scoring(model: Any) -> nn.Module:
 
     Through the module, so that whatever hooks it carries (ZeRO-3's gathering of sharded weights) run as ever.
     """
-    head, rule = model.get_output_embeddings(), LogitRule.of(model.config.get_text_config())
+    head: Any = model.get_output_embeddings()
+    rule = LogitRule.of(model.config.get_text_config())
     if not hasattr(head, "logits"):
-        head.logits = head.forward
+        logits: Callable[[Tensor], Tensor] = head.forward
+        head.logits = logits
 
         def forward(x: Tensor, y_S: Tensor | None = None) -> Tensor:
-            return head.logits(x) if y_S is None else _score(head, x, y_S, rule)
+            return logits(x) if y_S is None else _score(head, x, y_S, rule)
 
         head.forward = forward
     return head
@@ -120,8 +125,8 @@ def _score(head: Any, x_SH: Tensor, y_S: Tensor, rule: LogitRule) -> Tensor:
         return LinearLogp.apply(x_SH.to(dtype), head.weight.to(dtype), y_S, rule, CHUNK)
 
     def logp(x: Tensor, y: Tensor) -> Tensor:  # a bias or an adapter on the head: plain autograd, recomputed
-        logits = rule.apply(head.logits(x))
-        return logits.gather(1, y[:, None])[:, 0] - logits.logsumexp(1)
+        scores = rule.apply(head.logits(x))
+        return scores.gather(1, y[:, None])[:, 0] - scores.logsumexp(1)
 
     parts = zip(x_SH.split(CHUNK), y_S.split(CHUNK), strict=True)
     return torch.cat([checkpoint(logp, x, y, use_reentrant=False) for x, y in parts])

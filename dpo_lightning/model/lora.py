@@ -11,7 +11,7 @@ from dpo_lightning.types import UserError
 
 
 def add_lora(
-    model: Any, *, r: int, lora_alpha: float, lora_dropout: float, target_modules: str | Sequence[str]
+    model: Any, *, r: int, lora_alpha: int, lora_dropout: float, target_modules: str | Sequence[str]
 ) -> torch.nn.Module:
     """Return `model` wrapped in a LoRA adapter (https://arxiv.org/abs/2106.09685), its own weights frozen.
 
@@ -21,7 +21,11 @@ def add_lora(
 
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
     config = LoraConfig(
-        r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, target_modules=targets, task_type=TaskType.CAUSAL_LM
+        r=r,
+        lora_alpha=lora_alpha,
+        lora_dropout=lora_dropout,
+        target_modules=targets,
+        task_type=TaskType.CAUSAL_LM,
     )
     try:
         return get_peft_model(model, config).train()

@@ -68,9 +68,7 @@ class ModelSource:
         folder = self.folder()
         config = _reachable(folder, AutoConfig.from_pretrained)
         silenced = _dropout_fields(config)
-        model = _reachable(
-            folder, AutoModelForCausalLM.from_pretrained, dtype=dtype, **dict.fromkeys(silenced, 0.0)
-        )
+        model = _reachable(folder, AutoModelForCausalLM.from_pretrained, dtype=dtype, **dict.fromkeys(silenced, 0.0))
         model.config.use_cache = False
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -126,7 +124,7 @@ def wheel_file(name: str) -> Path:
 def write_gguf(file: Path, folder: Path) -> None:
     """Dequantize a GGUF file to float32 safetensors, with its tokenizer."""
     where = {"gguf_file": file.name}
-    model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **where)
+    model: Any = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **where)
     # The weights are plain float32 now; save_pretrained refuses as long as they are marked as quantized.
     del model.config.quantization_config, model.hf_quantizer
     model.is_quantized = False
@@ -161,7 +159,7 @@ def _reachable(name: str, load: Callable[..., Any], **options: Any) -> Any:
         text = str(error)
         gated = "gated" in text or "401" in text or "403" in text
         remedy = (
-            f"accept its licence on the hub and log in with `hf auth login` (or set HF_TOKEN), then `hf download {name}`"
+            "accept its licence on the hub and log in with `hf auth login`, or set HF_TOKEN"
             if gated
             else "check the name and the network, or download it elsewhere and give model=hf model.name=FOLDER"
         )

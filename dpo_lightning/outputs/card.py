@@ -18,7 +18,8 @@ CITATION = """\
 ```bibtex
 @inproceedings{rafailov2023direct,
     title = {Direct Preference Optimization: Your Language Model is Secretly a Reward Model},
-    author = {Rafael Rafailov and Archit Sharma and Eric Mitchell and Christopher D. Manning and Stefano Ermon and Chelsea Finn},
+    author = {Rafael Rafailov and Archit Sharma and Eric Mitchell and Christopher D. Manning and Stefano Ermon and
+        Chelsea Finn},
     booktitle = {Advances in Neural Information Processing Systems 36},
     year = {2023},
     url = {https://arxiv.org/abs/2305.18290},
@@ -83,7 +84,13 @@ class Card:
 
     def _front_matter(self, is_adapter: bool) -> str:
         lora = "r" in self.config["lora"]
-        tags = ["dpo", *(["lora"] if lora else []), "transformers", *(["peft"] if lora else []), "dpo-lightning"]
+        tags = [
+            "dpo",
+            *(["lora"] if lora else []),
+            "transformers",
+            *(["peft"] if lora else []),
+            "dpo-lightning",
+        ]
         lines = [
             f"base_model: {json.dumps(self.base)}",
             *(["base_model_relation: adapter"] if is_adapter else ["base_model_relation: finetune"]),
@@ -102,7 +109,9 @@ class Card:
         if self.note:
             text += f" {self.note}"
         if is_adapter and self.base_loaded_from != self.base:
-            text += f"\n\nThe adapter's config loads these weights from `{self.base_loaded_from}`, where they lay in training."
+            text += (
+                f"\n\nThe adapter's config names these weights where they lay in training: `{self.base_loaded_from}`."
+            )
         return text
 
     def _quick_start(self, where: str, is_adapter: bool) -> str:
@@ -134,3 +143,19 @@ class Card:
         first, last = self.validations[0], self.validations[-1]
         head = f"| held-out pairs | step {first['step']} | step {last['step']} |\n|---|---|---|\n"
         return head + "\n".join(f"| {name} | {first[key]:.4f} | {last[key]:.4f} |" for key, name in ROWS.items())
+
+
+def merged_card(text: str, adapter: Path, model: Path) -> str:
+    """Return an adapter's card, given as `text`, as the card of the `model` folder that it was merged into."""
+    changes = {
+        "base_model_relation: adapter": "base_model_relation: finetune",
+        "library_name: peft": "library_name: transformers",
+        "A LoRA adapter of": "A LoRA adapter merged into",
+        "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer":
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "AutoPeftModelForCausalLM": "AutoModelForCausalLM",
+        str(adapter.absolute()): str(model.absolute()),
+    }  # fmt: skip
+    for old, new in changes.items():
+        text = text.replace(old, new)
+    return text

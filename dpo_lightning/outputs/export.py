@@ -23,7 +23,7 @@ def export(policy: Any, tokenizer: Any, run_dir: Path, merge: bool, card: Callab
     shutil.rmtree(scratch, ignore_errors=True)
     if is_adapter:
         # "auto" would ask the hub whether the vocabulary has grown; it has not
-        policy.save_pretrained(scratch, save_embedding_layers=False)
+        policy.save_pretrained(str(scratch), save_embedding_layers=False)
     else:
         model: Any = policy.merge_and_unload() if isinstance(policy, PeftModel) else policy
         model.config.use_cache = True

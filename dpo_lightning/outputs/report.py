@@ -11,7 +11,12 @@ from dpo_lightning.outputs.results import ROWS, read_metrics
 
 PLOTS = {
     "loss": ("train/loss", "val/loss"),
-    "rewards": ("train/rewards/chosen", "train/rewards/rejected", "val/rewards/chosen", "val/rewards/rejected"),
+    "rewards": (
+        "train/rewards/chosen",
+        "train/rewards/rejected",
+        "val/rewards/chosen",
+        "val/rewards/rejected",
+    ),
     "margins": ("train/rewards/margins", "val/rewards/margins"),
     "accuracies": ("train/rewards/accuracies", "val/rewards/accuracies"),
     "logps": ("train/logps/chosen", "train/logps/rejected"),
@@ -27,7 +32,7 @@ grid-template-columns: repeat(auto-fit, minmax(24rem, 1fr)); } img { width: 100%
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write plots/*.png and report.html into `run_dir`; return the latter. Reads metrics.jsonl, config.yaml, samples.json."""
+    """Write plots/*.png and report.html into `run_dir`; return the latter."""
     rows = read_metrics(run_dir)
     plots = [plot(rows, name, keys, run_dir / "plots") for name, keys in PLOTS.items()]
     images = [f'<img src="plots/{p.name}" alt="{p.stem}">' for p in plots if p is not None]

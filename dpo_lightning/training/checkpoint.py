@@ -73,16 +73,18 @@ def is_whole(folder: Path) -> bool:
 
 
 def to_resume(resume: str, run_dir: Path) -> Path | None:
-    """Return the state file that `resume` names, or None to start anew. Raises UserError rather than overwrite a run."""
+    """Return the state file that `resume` names, or None to start anew; never overwrite a run."""
     if resume not in ("auto", "never"):
         folder = Path(resume)
         if not is_whole(folder):
-            raise UserError(f"resume={resume}: not a whole checkpoint; give a folder like RUN_DIR/checkpoints/step-00000012")
+            raise UserError(
+                f"resume={resume}: not a whole checkpoint; give a folder like RUN_DIR/checkpoints/step-00000012"
+            )
         return folder / STATE
     found = newest(run_dir) if resume == "auto" else None
     if found is None and (run_dir / "metrics.jsonl").exists():
         raise UserError(
-            f"run_dir={run_dir}: holds a run already, and no checkpoint to go on from; choose another folder or remove it"
+            f"run_dir={run_dir}: holds a run, and no checkpoint to go on from; choose another folder or remove it"
         )
     return found
 

@@ -54,7 +54,13 @@ def csv_logger(run_dir: Path, config: dict[str, Any]) -> Sequence[Logger]:
 
 
 def wandb_logger(
-    run_dir: Path, config: dict[str, Any], *, project: str, entity: str | None, name: str | None, tags: Sequence[str]
+    run_dir: Path,
+    config: dict[str, Any],
+    *,
+    project: str,
+    entity: str | None,
+    name: str | None,
+    tags: Sequence[str],
 ) -> Sequence[Logger]:
     """Log to Weights & Biases, offline by itself when there is no key. It never stops a run."""
     if "WANDB_MODE" not in os.environ and not _has_key():

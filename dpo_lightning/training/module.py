@@ -31,13 +31,12 @@ class DPOModule(pl.LightningModule):
 
     """
 
-    strict_loading = False  # checkpoints hold the trainable weights alone
-
     def __init__(
         self, *, build_policy: Callable[[], nn.Module], build_reference: Callable[[nn.Module], nn.Module],
         loss: Loss, beta: float, build_optimizer: Callable[[nn.Module, int], tuple[Any, Any]], seed: int,
     ):  # fmt: skip
         super().__init__()
+        self.strict_loading = False  # checkpoints hold the trainable weights alone
         self.build_policy, self.build_reference = build_policy, build_reference
         self.loss, self.beta, self.build_optimizer, self.seed = loss, beta, build_optimizer, seed
         self.policy: Any = None
@@ -88,7 +87,10 @@ class DPOModule(pl.LightningModule):
         self._measure(batch, "val")
 
     def configure_gradient_clipping(
-        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+        self,
+        optimizer: Any,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip by the norm of all trainable gradients, and keep norm and learning rate for the log."""
         self.step_lr = optimizer.param_groups[0]["lr"]

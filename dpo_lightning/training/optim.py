@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-LORA_LR, FULL_LR = 2e-4, 1e-6  # what `auto` becomes
+LORA_LR, FULL_LR = 5e-5, 1e-6  # what `auto` becomes
 
 
 def adamw(
@@ -25,9 +25,7 @@ def adamw(
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
     beta1, beta2 = betas
-    optimizer = torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=lr, betas=(beta1, beta2), eps=eps, fused=True
-    )
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(beta1, beta2), eps=eps, fused=True)
     factor = lr_factor(schedule, round(warmup_fraction * total_steps), total_steps)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 

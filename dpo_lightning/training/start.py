@@ -28,8 +28,8 @@ def check_start(module: Any, batch: Batch, policy: PairLogps, reference: PairLog
         gap_B = (policy.chosen - reference.chosen).detach().abs()
         raise StartError(
             f"the first loss is {loss:.6f} and should be {expected:.6f}, as policy and reference are equal before the "
-            f"first update; their log-probabilities differ by up to {gap_B.max().item():.4g}. One of these is wrong: the "
-            "reference is not the base model, the adapter did not start at zero, a dropout is on, or the "
+            f"first update; their log-probabilities differ by up to {gap_B.max().item():.4g}. One of these is wrong: "
+            "the reference is not the base model, the adapter did not start at zero, a dropout is on, or the "
             "log-probabilities are computed differently"
         )
     _check_head(module, batch, rounded)

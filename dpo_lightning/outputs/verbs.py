@@ -1,0 +1,71 @@
+"""The verbs that work on finished runs: export, report, compare."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from dpo_lightning.outputs.report import write_report
+from dpo_lightning.outputs.results import ROWS, validations
+from dpo_lightning.types import UserError
+
+
+def run_folder(cfg: Mapping[str, Any]) -> Path:
+    """Return run_dir, which must hold a run."""
+    if not cfg["run_dir"]:
+        raise UserError("run_dir is not set: give run_dir=FOLDER of a run")
+    folder = Path(cfg["run_dir"])
+    if not (folder / "metrics.jsonl").is_file():
+        raise UserError(f"run_dir={folder}: no metrics.jsonl there; give the folder of a run")
+    return folder
+
+
+def report(cfg: Mapping[str, Any]) -> int:
+    """Write report.html and its plots anew."""
+    print(write_report(run_folder(cfg)))
+    return 0
+
+
+def compare(cfg: Mapping[str, Any]) -> int:
+    """Print the last validations of several runs side by side."""
+    folders = [run_folder({"run_dir": name.strip()}) for name in str(cfg["run_dir"] or "").split(",")]
+    lasts = [(validations(folder) or [{}])[-1] for folder in folders]
+    table = Table(title="Last validation", title_justify="left")
+    table.add_column("")
+    for folder, last in zip(folders, lasts, strict=True):
+        table.add_column(f"{folder.name} (step {last.get('step', '-')})", justify="right")
+    for key, name in ROWS.items():
+        table.add_row(name, *(f"{last[key]:.4f}" if key in last else "-" for last in lasts))
+    Console().print(table)
+    return 0
+
+
+def export(cfg: Mapping[str, Any]) -> int:
+    """Merge the adapter of a finished run into its base, as RUN/model."""
+    folder = run_folder(cfg)
+    adapter = folder / "adapter"
+    if not cfg["export"]["merge"]:
+        raise UserError("export.merge=false: there is nothing to do, runs export their adapter; give export.merge=true")
+    if not (adapter / "adapter_config.json").is_file():
+        raise UserError(f"run_dir={folder}: no adapter/ to merge; the run trained all weights, or has not ended")
+    import torch
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoTokenizer
+
+    from dpo_lightning.outputs.card import merged_card
+    from dpo_lightning.outputs.export import export as write
+
+    base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    try:
+        policy = AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=torch.bfloat16)
+    except OSError as error:
+        raise UserError(f"the adapter's base {base} cannot be loaded: {str(error).splitlines()[0]}") from error
+    text = (adapter / "README.md").read_text()
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    print(write(policy, tokenizer, folder, True, lambda where, _: merged_card(text, adapter, where)))
+    return 0
