@@ -91,6 +91,7 @@ CHECKS: dict[str, Check] = {
     "data.max_length": (lambda v: _integer(v) and v >= 8, "a whole number of tokens, 8 or more"),
     "data.val_fraction": (lambda v: _number(v) and 0 < v < 1, "a number between 0 and 1"),
     "data.template": _one_of("auto", "chat", "plain"),
+    "data.layout": _one_of("auto", "shared", "padded"),
     "data.batch_size": COUNT,
     "data.shuffle": FLAG,
     "lora.r": COUNT,

@@ -131,6 +131,7 @@ def build_module(cfg: DictConfig, source: ModelSource) -> DPOModule:
         build_policy=lambda: add_lora(source.load(dtype)),
         build_reference=partial(instantiate(cfg.reference), load=frozen_model),
         loss=instantiate(cfg.loss), beta=cfg.loss.beta, build_optimizer=instantiate(cfg.optim), seed=cfg.seed,
+        layout=cfg.data.layout,
     )  # fmt: skip
 
 
@@ -165,6 +166,7 @@ def finish(
 ) -> None:  # fmt: skip
     """Show what was gained, answer the sample prompts, export, report: rank 0's last work."""
     examples = data.examples(cfg.samples.count)
+    module.use_layout("padded")
     results.show_gain(run_dir)
     if examples and not interrupted:
         module.to(trainer.strategy.root_device)

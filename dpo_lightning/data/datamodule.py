@@ -24,6 +24,7 @@ class PreferenceData(pl.LightningDataModule):
         max_pairs: stop after so many usable pairs; None for all.
         max_length: tokens of prompt and one completion together.
         template: auto, chat or plain; see `tokenize_pairs`.
+        layout: auto, shared or padded; how the model is to lay out the batches, see `choose_layout`.
         batch_size: pairs of a forward pass on each device.
         load_tokenizer: -> the policy's tokenizer, called once the rows are known to be well-formed.
         seed: of the order.
@@ -36,6 +37,7 @@ class PreferenceData(pl.LightningDataModule):
         val_path: str | None = None, name: str | None = None, subset: str | None = None, split: str = "train",
         val_split: str | None = None, val_fraction: float = 0.15, max_pairs: int | None = None,
         template: str = "auto", shuffle: bool = True,
+        layout: str = "auto",
     ):  # fmt: skip
         super().__init__()
         self.source, self.val_source = sources(path, val_path, name, subset, split, val_split)
@@ -52,6 +54,7 @@ class PreferenceData(pl.LightningDataModule):
             shuffle,
         )
         self.tokenizer: Any = None
+        self.layout = layout
         self.train: Any = None
         self.val: Any = None
         self.census: Census | None = None
@@ -73,10 +76,7 @@ class PreferenceData(pl.LightningDataModule):
         self.train, self.val = table.select(train), table.select(val)
 
     def _table(self, source: Source) -> tuple[Any, Census]:
-        table, census = prepare(source, self.tokenizer, self.max_length, self.template, self.max_pairs)
-        if not len(table):
-            raise UserError(f"{source.name}: no usable pair within data.max_length={self.max_length}; raise it")
-        return table, census
+        return prepare(source, self.tokenizer, self.max_length, self.template, self.max_pairs)
 
     def setup(self, stage: str) -> None:
         """Memory-map what `prepare_data` made."""

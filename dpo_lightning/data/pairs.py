@@ -1,7 +1,7 @@
 r"""A row, in any of the formats that preference data comes in, becomes a Pair. No switch: the row tells.
 
 {"prompt": "...", "chosen": "...", "rejected": "..."}                        text
-{"prompt": [...], "chosen": [...], "rejected": [...]}                        messages, prompt repeated or not
+{"prompt": [...], "chosen": [...], "rejected": [...]}                        messages, prompt repeated or not, or text
 {"chosen": [...], "rejected": [...]}                                         messages, prompt inside both
 {"chosen": "\n\nHuman: ...\n\nAssistant: ...", "rejected": "..."}            Anthropic HH's transcripts
 {"conversations": [{"from": "human", "value": ...}], "chosen": {...}, ...}   ShareGPT
@@ -21,7 +21,7 @@ ROLES = {
     "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
 }  # fmt: skip
 CONTEXT_KEYS = ("prompt", "conversations", "messages", "question", "instruction")
-SPEAKER = re.compile(r"\A(Human|Assistant):")
+SPEAKER = re.compile(r"\n\n(Human|Assistant):")
 
 
 class Unusable(Exception):
@@ -37,54 +37,54 @@ def to_pair(row: dict[str, Any]) -> Pair:
     for key in ("chosen", "rejected"):
         if key not in row:
             close = difflib.get_close_matches(key, [str(k) for k in row], n=1, cutoff=0.5)
-            hint = f"; rename {close[0]!r}" if close else ""
+            hint = f"; rename {close[0]!r}" if close else "; name the preferred answer 'chosen', the other 'rejected'"
             raise UserError(f"no {key!r} (found keys: {', '.join(map(str, row)) or 'none'}){hint}")
-    context = next((row[key] for key in CONTEXT_KEYS if row.get(key) is not None), None)
+    context_key = next((key for key in CONTEXT_KEYS if row.get(key) is not None), "prompt")
+    context = row.get(context_key)
     chosen, rejected = row["chosen"], row["rejected"]
     if context is None and isinstance(chosen, str) and isinstance(rejected, str):
         chosen, rejected = transcript(chosen, "chosen"), transcript(rejected, "rejected")
     if isinstance(chosen, str) and isinstance(rejected, str) and isinstance(context, str):
         pair = Pair(context, chosen, rejected)
     else:
-        pair = _conversation(context, chosen, rejected)
+        prompt = [] if context is None else messages(context, context_key, "user")
+        pair = _conversation(
+            prompt, messages(chosen, "chosen", "assistant"), messages(rejected, "rejected", "assistant")
+        )
     return _with_preference(pair)
 
 
 def transcript(text: str, key: str) -> list[Message]:
     """Parse Anthropic HH's form: blocks that open with 'Human:' or 'Assistant:', separated by empty lines."""
-    turns: list[Message] = []
-    for part in text.split("\n\n"):
-        speaker = SPEAKER.match(part)
-        if speaker:
-            role = "user" if speaker[1] == "Human" else "assistant"
-            turns.append({"role": role, "content": part[speaker.end() :]})
-        elif turns:
-            turns[-1]["content"] += "\n\n" + part
-    if not turns:
+    before, *parts = SPEAKER.split(f"\n\n{text}")  # then speaker, words, speaker, words, ...
+    if not parts:
         raise UserError(f"{key!r} is text without a 'prompt' beside it, and no 'Human: ... Assistant: ...' transcript")
-    return [{"role": turn["role"], "content": turn["content"].strip()} for turn in turns]
+    if before.strip():
+        raise UserError(f"{key!r} has text before its first 'Human:'; move it into a turn or remove it")
+    roles = ["user" if speaker == "Human" else "assistant" for speaker in parts[::2]]
+    return [{"role": role, "content": words.strip()} for role, words in zip(roles, parts[1::2], strict=True)]
 
 
-def _conversation(context: Any, chosen: Any, rejected: Any) -> Pair:
-    """Return a pair of messages; what both sides open with moves into the prompt."""
-    prompt = [] if context is None else messages(context, "prompt", "user")
-    sides = [messages(side, key, "assistant") for side, key in ((chosen, "chosen"), (rejected, "rejected"))]
-    if all(side[: len(prompt)] == prompt for side in sides):
-        sides = [side[len(prompt) :] for side in sides]
-    if not all(sides):
+def _conversation(prompt: list[Message], chosen: list[Message], rejected: list[Message]) -> Pair:
+    """Return a pair of messages; what both sides open with moves into the prompt, which they may repeat."""
+    if not chosen or not rejected:
         raise Unusable("empty completion")
-    shared = 0
-    shortest = min(map(len, sides))
-    while shared < shortest - 1 and sides[0][shared] == sides[1][shared]:
+    shared, shortest = 0, min(len(chosen), len(rejected))
+    while shared < shortest - 1 and chosen[shared] == rejected[shared]:
         shared += 1
-    prompt, sides = prompt + sides[0][:shared], [side[shared:] for side in sides]
-    if any(side[-1]["role"] != "assistant" for side in sides):
+    opening = chosen[:shared]
+    system = [
+        turn for turn in opening[:1] if turn["role"] == "system"
+    ]  # the sides may have it where the prompt lacks it
+    repeated = any(opening[: len(start)] == start for start in (prompt, system + prompt))
+    prompt = opening if repeated else prompt + opening
+    if chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
         raise Unusable("does not end with the assistant")
-    if any(len(side) > 1 for side in sides):
+    if len(chosen) > shared + 1 or len(rejected) > shared + 1:
         raise Unusable("conversations part before the last answer")
     if not prompt:
         raise UserError("no prompt: neither a 'prompt' nor turns before the last answer")
-    return Pair(prompt, sides[0], sides[1])
+    return Pair(prompt, chosen[shared:], rejected[shared:])
 
 
 def messages(value: Any, key: str, role: str) -> list[Message]:
@@ -104,17 +104,25 @@ def _message(turn: Any, key: str) -> Message:
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
     if not isinstance(content, str):
         raise UserError(f"{key!r} has a message whose content is {type(content).__name__}, not text")
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise UserError(f"{key!r} has a message of role {role!r}; known roles: {', '.join(ROLES)}")
     return {"role": ROLES[role], "content": content}
 
 
 def _with_preference(pair: Pair) -> Pair:
+    texts = [[part] if isinstance(part, str) else [turn["content"] for turn in part] for part in pair]
+    for key, parts in zip(Pair._fields, texts, strict=True):
+        try:
+            "".join(parts).encode()
+        except UnicodeEncodeError as error:
+            half = ascii(error.object[error.start])
+            raise UserError(
+                f"{key!r} holds half of a character ({half}, a lone surrogate); mend or remove it"
+            ) from None
     if pair.chosen == pair.rejected:
         raise Unusable("chosen equals rejected")
-    for side in (pair.chosen, pair.rejected):
-        if not (side if isinstance(side, str) else side[-1]["content"]).strip():
-            raise Unusable("empty completion")
-    if isinstance(pair.prompt, str) and not pair.prompt.strip():
+    if not all(parts[-1].strip() for parts in texts[1:]):
+        raise Unusable("empty completion")
+    if not texts[0][-1].strip():
         raise Unusable("empty prompt")
     return pair

@@ -24,6 +24,7 @@ from dpo_lightning.types import Pair, UserError
 
 VERSION = 2  # part of the key: raise it when the same rows would give other ids
 TOKENIZER_BATCH = 1000
+SIDES = ("prompt", "chosen", "rejected")
 SHOWN = 5  # bad rows that are named before the rest is counted
 
 
@@ -54,29 +55,28 @@ def prepare(
 
     Columns: prompt, chosen, rejected, lists of int32; prompt_key, int64; question, text.
 
-    The rows must have passed `validate`.
+    The rows must have passed `validate`. Raises UserError if the template refuses a row, or nothing is left of any.
     """
     from datasets import Dataset, Features, List, Value
+    from datasets.exceptions import DatasetGenerationError
 
     settings = [VERSION, source.digest(), tokenizer_digest(tokenizer), max_length, template, max_pairs]
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
     census_file = cache_dir() / "data" / f"{key}.json"
     ids = List(Value("int32"))
-    table = Dataset.from_generator(
-        _tokenized,
-        features=Features(
-            {
-                "prompt": ids,
-                "chosen": ids,
-                "rejected": ids,
-                "prompt_key": Value("int64"),
-                "question": Value("string"),
-            }
-        ),
-        cache_dir=str(cache_dir() / "data"),
-        gen_kwargs={"job": _Job(source, tokenizer, max_length, template, max_pairs, census_file)},
-        fingerprint=key,
-    )
+    columns = {**dict.fromkeys(SIDES, ids), "prompt_key": Value("int64"), "question": Value("string")}
+    try:
+        table = Dataset.from_generator(
+            _tokenized,
+            features=Features(columns),
+            cache_dir=str(cache_dir() / "data"),
+            gen_kwargs={"job": _Job(source, tokenizer, max_length, template, max_pairs, census_file)},
+            fingerprint=key,
+        )
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise
     return table, Census(**json.loads(census_file.read_text()))
 
 
@@ -124,13 +124,16 @@ def _tokenized(job: _Job) -> Iterator[dict[str, Any]]:
     while batch := list(itertools.islice(usable, TOKENIZER_BATCH)):
         for pair, tokens in zip(batch, tokenize_pairs(batch, job.tokenizer, job.max_length, job.template), strict=True):
             if tokens is None:
-                census.skip("equal after truncation")
+                census.skip("equal as tokens")
                 continue
             census.pairs += 1
             census.truncated += tokens.truncated
-            columns = zip(("prompt", "chosen", "rejected"), tokens[:3], strict=True)
-            ids = {name: np.array(ids, np.int32) for name, ids in columns}
+            ids = {side: np.array(ids, np.int32) for side, ids in zip(SIDES, tokens[:3], strict=True)}
             yield {**ids, "prompt_key": _prompt_key(pair), "question": _question(pair)}
+    if not census.pairs:
+        raise UserError(
+            f"{job.source.name}: no usable pair within data.max_length={job.max_length} ({most_common(census)}); raise it"
+        )
     scratch = job.census_file.with_suffix(f".{os.getpid()}")
     scratch.write_text(json.dumps(vars(census)))
     scratch.replace(job.census_file)

@@ -8,9 +8,9 @@ from __future__ import annotations
 import csv
 import gzip
 import hashlib
-import io
 import itertools
 import json
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,17 +63,17 @@ class FileSource:
 
     def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield `("FILE line 3", row)`; a UserError names the first line that cannot be read."""
-        suffixes = [s.lower() for s in self.file.suffixes]
-        kind = next((s for s in reversed(suffixes) if s in SUFFIXES), None)
-        if kind is None:
+        name = self.file.name.lower()
+        zipped, kind = name.endswith(".gz"), Path(name.removesuffix(".gz")).suffix
+        if kind not in SUFFIXES:
             raise UserError(f"data.path={self.path}: unknown kind of file; give one of {', '.join(SUFFIXES)}")
         if kind == ".parquet":
             yield from self._parquet()
             return
-        with cast(BinaryIO, gzip.open(self.file) if suffixes[-1] == ".gz" else self.file.open("rb")) as stream:
+        with cast(BinaryIO, gzip.open(self.file) if zipped else self.file.open("rb")) as stream:
             try:
                 yield from {".csv": self._csv, ".json": self._json}.get(kind, self._jsonl)(stream)
-            except (gzip.BadGzipFile, EOFError) as error:
+            except (gzip.BadGzipFile, zlib.error, EOFError) as error:
                 raise UserError(f"{self.name}: not a whole gzip file ({error}); copy it again") from None
 
     def _jsonl(self, stream: Iterable[bytes]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -96,12 +96,21 @@ class FileSource:
             yield place, self._object(place, row)
 
     def _csv(self, stream: BinaryIO) -> Iterator[tuple[str, dict[str, Any]]]:
-        reader = csv.DictReader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""))
+        # Decoded a line at a time, so that an error knows its line; strict, so that an open quote eats no rows.
+        reader = csv.DictReader((line.decode("utf-8-sig") for line in stream), strict=True)
         try:
             for number, row in enumerate(reader, 1):
-                yield f"{self.name} row {number}", row
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise UserError(f"{self.name} line {reader.line_num + 1}: {error}; save the file as UTF-8 csv") from None
+                place = f"{self.name} row {number}"
+                if None in row:
+                    raise UserError(
+                        f"{place}: more fields than the {len(row) - 1} columns; quote texts that hold commas"
+                    )
+                yield place, row
+        except csv.Error as error:
+            raise UserError(f"{self.name} line {reader.reader.line_num}: {error}; mend the line") from None
+        except UnicodeDecodeError as error:
+            place = f"{self.name} line {reader.reader.line_num + 1}"  # the line that was to be read
+            raise UserError(f"{place}: {_not_utf8(error)}") from None
 
     def _parquet(self) -> Iterator[tuple[str, dict[str, Any]]]:
         import pyarrow
@@ -119,7 +128,7 @@ class FileSource:
         try:
             return json.loads(text.decode("utf-8-sig"))
         except UnicodeDecodeError as error:
-            raise UserError(f"{place}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
+            raise UserError(f"{place}: {_not_utf8(error)}") from None
         except json.JSONDecodeError as error:
             where = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno} column {error.colno}"
             raise UserError(f"{place}: not JSON ({error.msg} at {where}); mend or remove it") from None
@@ -129,6 +138,10 @@ class FileSource:
         if not isinstance(row, dict):
             raise UserError(f"{place}: a row must be an object with keys, found {type(row).__name__}")
         return row
+
+
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    return f"not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8"
 
 
 @dataclass(frozen=True)
@@ -150,8 +163,9 @@ class HubSource:
         try:
             return load_dataset(self.repo, self.subset, split=self.split)
         except Exception as error:  # the hub raises a dozen kinds; all mean that the data cannot be had
+            why = f"{type(error).__name__}: {error}".splitlines()[0]
             raise UserError(
-                f"data.name={self.repo}: cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0]}); "
+                f"data.name={self.repo}: cannot be loaded ({why}); "
                 "check the name, subset and split, log in with `hf auth login` if it is gated, "
                 "or download it where there is a network and give data=jsonl data.path=FILE"
             ) from None

@@ -76,11 +76,23 @@ def _apply(turns: list[Message], tokenizer: Any, **options: Any) -> str:
     try:
         return tokenizer.apply_chat_template(turns, tokenize=False, date_string=TEMPLATE_DATE, **options)
     except Exception as error:  # jinja raises what the template's author chose
-        if turns[0]["role"] == "system" and len(turns) > 1:  # Gemma's: no system role; the first turn carries it
-            merged = f"{turns[0]['content']}\n\n{turns[1]['content']}"
-            return _apply([{"role": turns[1]["role"], "content": merged}, *turns[2:]], tokenizer, **options)
+        merged = _merge(turns)
+        if len(merged) < len(turns):
+            return _apply(merged, tokenizer, **options)
         roles = ", ".join(turn["role"] for turn in turns)
-        raise UserError(f"the chat template refuses the roles {roles}: {error}") from None
+        raise UserError(f"the chat template refuses the roles {roles} ({error}); remove such rows") from None
+
+
+def _merge(turns: list[Message]) -> list[Message]:
+    """Join turns as a template like Gemma's wants them: the first user's carries the system's, then roles alternate."""
+    merged: list[Message] = []
+    for turn in turns:
+        last = merged[-1]["role"] if merged else None
+        if last == turn["role"] or (last == "system" and turn["role"] == "user"):
+            merged[-1] = {"role": turn["role"], "content": f"{merged[-1]['content']}\n\n{turn['content']}"}
+        else:
+            merged.append(turn)
+    return merged
 
 
 def _encode(texts: Sequence[str], plain: list[bool], tokenizer: Any) -> list[list[int]]:

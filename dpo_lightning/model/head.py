@@ -112,20 +112,20 @@ def install_scoring(model: Any) -> nn.Module:
         head.logits = logits
 
         def forward(x: Tensor, y_S: Tensor | None = None) -> Tensor:
-            return logits(x) if y_S is None else _score(head, x, y_S, rule)
+            return logits(x) if y_S is None else _score(head, logits, x, y_S, rule)
 
         head.forward = forward
     return head
 
 
-def _score(head: Any, x_SH: Tensor, y_S: Tensor, rule: LogitRule) -> Tensor:
+def _score(head: Any, logits: Callable[[Tensor], Tensor], x_SH: Tensor, y_S: Tensor, rule: LogitRule) -> Tensor:
     if type(head) is nn.Linear and head.bias is None:
         kind = x_SH.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
         return LinearLogp.apply(x_SH.to(dtype), head.weight.to(dtype), y_S, rule, CHUNK)
 
     def logp(x: Tensor, y: Tensor) -> Tensor:  # a bias or an adapter on the head: plain autograd, recomputed
-        scores = rule.apply(head.logits(x))
+        scores = rule.apply(logits(x))
         return scores.gather(1, y[:, None])[:, 0] - scores.logsumexp(1)
 
     parts = zip(x_SH.split(CHUNK), y_S.split(CHUNK), strict=True)

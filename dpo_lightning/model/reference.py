@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from dpo_lightning.model.layout import set_layout
 from dpo_lightning.model.logps import pair_logps
 from dpo_lightning.types import Batch, PairLogps, UserError
 
@@ -17,6 +18,9 @@ class AdapterOff(nn.Module):
     """The policy's own base: no second model in memory."""
 
     name = "adapter_off"
+
+    def set_layout(self, layout: str) -> None:
+        """Do nothing: the policy's layout is the reference's."""
 
     @torch.no_grad()
     def pair_logps(self, policy: Any, batch: Batch) -> PairLogps:
@@ -37,6 +41,10 @@ class FrozenCopy(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model.requires_grad_(False).eval()
+
+    def set_layout(self, layout: str) -> None:
+        """Score the frozen model in the policy's layout, so that both round alike."""
+        set_layout(self.model, layout)
 
     @torch.no_grad()
     def pair_logps(self, policy: Any, batch: Batch) -> PairLogps:

@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from dpo_lightning.model.layout import choose_layout, set_layout
 from dpo_lightning.model.logps import pair_logps
 from dpo_lightning.objective.metrics import preference_metrics
 from dpo_lightning.training.meter import PairMeans
@@ -28,17 +29,20 @@ class DPOModule(pl.LightningModule):
         beta: of the rewards that are logged; the loss carries its own.
         build_optimizer: (policy, total steps) -> optimizer and its schedule.
         seed: of the adapter's initial weights.
+        layout: auto, shared or padded; see `choose_layout`.
 
     """
 
     def __init__(
-        self, *, build_policy: Callable[[], nn.Module], build_reference: Callable[[nn.Module], nn.Module],
+        self, *, build_policy: Callable[[], nn.Module], build_reference: Callable[[nn.Module], Any],
         loss: Loss, beta: float, build_optimizer: Callable[[nn.Module, int], tuple[Any, Any]], seed: int,
+        layout: str = "auto",
     ):  # fmt: skip
         super().__init__()
         self.strict_loading = False  # checkpoints hold the trainable weights alone
         self.build_policy, self.build_reference = build_policy, build_reference
         self.loss, self.beta, self.build_optimizer, self.seed = loss, beta, build_optimizer, seed
+        self.layout = layout
         self.policy: Any = None
         self.reference: Any = None
         self.meters = {"train": PairMeans(), "val": PairMeans()}
@@ -51,7 +55,14 @@ class DPOModule(pl.LightningModule):
         if self.policy is None:
             torch.manual_seed(self.seed)
             self.policy = self.build_policy()
+            self.layout = choose_layout(self.policy, self.layout)
             self.reference = self.build_reference(self.policy)
+            self.use_layout(self.layout.split()[0])
+
+    def use_layout(self, layout: str) -> None:
+        """Score policy and reference in this layout; padded is what generation and export need."""
+        set_layout(self.policy, layout)
+        self.reference.set_layout(layout)
 
     def configure_optimizers(self) -> Any:
         """Return AdamW and its schedule, which steps with every optimizer step."""
@@ -67,7 +78,7 @@ class DPOModule(pl.LightningModule):
         policy, reference = self(batch)
         loss_B = self.loss(policy, reference)
         if not self.started and self.trainer.global_step == 0:
-            check_start(self, batch, policy, reference, loss_B)
+            check_start(self, policy, reference, loss_B)
         self.started = True
         self.meters[stage].add({"loss": loss_B, **preference_metrics(policy, reference, self.beta)})
         return loss_B

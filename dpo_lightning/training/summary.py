@@ -28,6 +28,7 @@ class Summary(pl.Callback):
             **self.facts,
             "parameters": f"{everything:,}, {trainable:,} trainable ({trainable / everything:.1%})",
             "reference": pl_module.reference.name,
+            "layout": pl_module.layout,
             "devices": f"{trainer.world_size} x {kind}, strategy {type(trainer.strategy).__name__}",
             "precision": f"{trainer.precision}; {_dtypes(parameters)}",
             "steps": f"{int(trainer.estimated_stepping_batches)}",
