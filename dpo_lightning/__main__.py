@@ -16,30 +16,39 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import hydra
+import hydra._internal.hydra as hydra_runner
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dpo_lightning.config import CONF, check, keys_of, nearest
+from dpo_lightning.config import CONF, check, check_values, keys_of, trusted
 from dpo_lightning.hub import prefer_cache
+from dpo_lightning.keys import nearest, untrusted
 from dpo_lightning.types import UserError
 
 USER_ERROR = 2
 VERBS = ("train", "check", "export", "report", "compare")
+READS = {"export": ("run_dir", "export.merge"), "report": ("run_dir",), "compare": ("run_dir",)}
 
 
 def run(verb: str, cfg: DictConfig) -> int:
     """Do what the verb says with a composed configuration; return the exit code."""
-    if verb in ("export", "report", "compare"):
+    hydra_config = HydraConfig.get()
+    if verb in READS:
+        check_values(cfg)
+        warn_of_ignored(verb, hydra_config.overrides.task)
         from dpo_lightning.outputs import verbs
 
         return getattr(verbs, verb)(cfg)
     check(cfg)
-    hydra_config = HydraConfig.get()
+    judge_rows(cfg)
     multirun = hydra_config.mode is not None and hydra_config.mode.name == "MULTIRUN"
     prefer_cache(cfg)
     from dpo_lightning import train
@@ -49,33 +58,87 @@ def run(verb: str, cfg: DictConfig) -> int:
     return train.train(cfg, job=hydra_config.job.num if multirun else None)
 
 
+def warn_of_ignored(verb: str, overrides: Sequence[str]) -> None:
+    """Say which of the given keys a verb on finished runs does not read."""
+    for override in overrides:
+        if override.lstrip("+~").partition("=")[0] not in READS[verb]:
+            print(f"warning: {override} has no effect: {verb} reads {' and '.join(READS[verb])}", file=sys.stderr)
+
+
+def judge_rows(cfg: DictConfig) -> None:
+    """Read the rows of files: a bad one is told before the seconds that importing torch and lightning takes."""
+    from dpo_lightning.data.prepare import validate
+    from dpo_lightning.data.sources import FileSource
+
+    for key in ("data.path", "data.val_path"):
+        if path := OmegaConf.select(cfg, key):
+            validate(FileSource(path))
+
+
 def main() -> None:
     """Enter from the command line."""
     verb = sys.argv.pop(1) if len(sys.argv) > 1 and re.fullmatch(r"[a-z]+", sys.argv[1]) else "train"
     if verb not in VERBS:
-        fail(f"unknown verb {verb}{nearest(verb, list(VERBS))}; there are {', '.join(VERBS)}")
+        fail(f"unknown verb {verb}{nearest(verb, VERBS)}; there are {', '.join(VERBS)}")
     quiet()
     keep_freed_memory()
+    # Hydra's parser takes its flags before the overrides or behind them, not between: the overrides go last.
+    sys.argv[1:] = sorted(sys.argv[1:], key=lambda arg: re.match(r"~|[^-].*=", arg) is not None)
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # else Hydra prints its errors itself and exits with 1
+    hydra_runner.ConfigLoaderImpl = GuardedLoader  # type: ignore[misc]
     codes: list[int] = []
+    running: list[str] = []
 
     def task(cfg: DictConfig) -> None:
+        running.append(verb)
         try:
             codes.append(run(verb, cfg))
         except UserError as error:
             fail(str(error))
+        except (HydraException, OmegaConfBaseException) as error:
+            fail(explain(error))
+        running.clear()
 
     entry: Callable[[], None] = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(task)
     try:
         entry()
-    except (HydraException, OmegaConfBaseException) as error:
-        fail(explain(error))
+    except Exception as error:
+        if running:
+            raise
+        fail(explain(error))  # Hydra raises a dozen kinds for what cannot be composed
     sys.exit(max(codes, default=0))
+
+
+class GuardedLoader(ConfigLoaderImpl):
+    """Refuses what Hydra itself would run before `check` sees it: any YAML may put something under hydra.*."""
+
+    def load_configuration(self, *args: Any, **options: Any) -> DictConfig:
+        """Return the composed configuration; leave where it names code that is not trusted."""
+        cfg = super().load_configuration(*args, **options)
+        if problems := list(hidden_code(cfg)):
+            fail("\n".join(problems))
+        return cfg
+
+
+def hidden_code(cfg: DictConfig) -> Iterator[str]:
+    """Tell of untrusted code that Hydra would call: targets, and factories and classes of the logging's configuration.
+
+    The sweeper and the launcher themselves are held to Hydra's own plug-ins by Hydra; what is in them is not.
+    """
+    plugins = ("sweeper", "launcher")
+    hidden = {key: OmegaConf.to_container(cfg.hydra[key], resolve=True) for key in ("callbacks", *plugins)}
+    yield from untrusted(hidden, trusted(cfg) | {cfg.hydra[key]._target_ for key in plugins}, "hydra")
+    for key in ("job_logging", "hydra_logging"):
+        shipped = Path(hydra.__file__).parent.glob(f"conf/hydra/{key}/*.yaml")
+        given = OmegaConf.to_container(cfg.hydra[key])
+        if given not in [OmegaConf.to_container(OmegaConf.load(file)) for file in shipped]:
+            yield f"hydra.{key}: only one of Hydra's own options is accepted; leave hydra.{key} out"
 
 
 def quiet() -> None:
     """Keep other packages' notes to their own developers, each known one by its message, off the screen."""
-    for text in (r".*treespec, LeafSpec.*", r".*is_gradient_checkpointing. is deprecated.*"):
+    reference_is_frozen = r"Found .* module.s. in eval mode at the start of training.*"
+    for text in (r".*treespec, LeafSpec.*", r".*is_gradient_checkpointing. is deprecated.*", reference_is_frozen):
         warnings.filterwarnings("ignore", message=text)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -104,15 +167,31 @@ def fail(text: str) -> None:
 
 
 def explain(error: Exception) -> str:
-    """Return Hydra's complaint as one line, with the nearest key or option."""
+    """Return Hydra's complaint as one line that names the override, with the nearest key or option."""
     text = str(error)
-    if found := re.search(r"Could not override '([^']+)'|Could not append to config.*'([^']+)'", text):
-        key = found[1] or found[2]
-        return f"unknown key {key}{nearest(key, known_keys())}; `--cfg job` prints all keys"
-    if found := re.search(r"Could not find '([^']+)/([^']+)'", text):
+    if found := re.search(r"Could not override '([^']+)'", text):
+        return no_such_key(found[1])
+    if found := re.search(r"Could not append to config. An item is already at '([^']+)'", text):
+        return f"+{found[1]}: there is such a key already; leave the + out"
+    if found := re.search(r"Could not (?:find|load) '([^'/]+)/([^']+)'", text):
         options = re.findall(r"\t(\S+)", text.partition("Config search path")[0])
+        options = options or sorted(file.stem for file in (CONF / found[1]).glob("*.yaml"))
         return f"{found[1]}={found[2]}: no such option{nearest(found[2], options)}; there are {', '.join(options)}"
-    return " ".join(text.split())
+    if override := getattr(error, "override", None):
+        return f"{override}: not of the form key=value; put it in quotes if it has special characters: 'key=\"value\"'"
+    text = " ".join(text.split())
+    if "Config group override must be" in text:
+        given = [arg for arg in sys.argv if re.match(r"\w*=", arg) and (CONF / arg.partition("=")[0]).is_dir()]
+        text = f"{' '.join(given)}: a group takes the name of one of its options, for instance lora=none"
+    return text
+
+
+def no_such_key(key: str) -> str:
+    """Return what to say of a key that the composed configuration does not have."""
+    known = known_keys()
+    if key in known:
+        return f"{key}: the chosen option of {key.partition('.')[0]}= has no such key; choose another or leave it out"
+    return f"unknown key {key}{nearest(key, known)}; `--cfg job` prints all keys"
 
 
 def known_keys() -> list[str]:

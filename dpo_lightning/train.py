@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import datasets
 import lightning.pytorch as pl
 from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -25,7 +26,7 @@ from dpo_lightning.outputs.card import Card
 from dpo_lightning.outputs.export import export
 from dpo_lightning.outputs.report import write_report
 from dpo_lightning.training import loggers
-from dpo_lightning.training.checkpoint import Checkpoints, to_resume
+from dpo_lightning.training.checkpoint import Checkpoints, step_of, to_resume
 from dpo_lightning.training.interrupt import Interrupt
 from dpo_lightning.training.metric_log import MetricLog
 from dpo_lightning.training.module import DPOModule
@@ -38,7 +39,8 @@ from dpo_lightning.types import UserError
 INTERRUPTED = 130  # exit code, the shell's for Ctrl-C
 
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-disable_progress_bar()  # of weight loading; the training has one of its own
+disable_progress_bar()  # of loading weights; the training has one of its own
+datasets.disable_progress_bars()
 
 
 def train(cfg: DictConfig, job: int | None = None) -> int:
@@ -52,7 +54,10 @@ def train(cfg: DictConfig, job: int | None = None) -> int:
     run_dir.mkdir(parents=True, exist_ok=True)
     config = save_config(cfg, run_dir)
     interrupt, log = Interrupt(), MetricLog()
-    trainer = build_trainer(cfg, run_dir, config, [
+    jsonl = loggers.JsonlLogger(run_dir)
+    if resume is not None:
+        jsonl.rewind(step_of(resume))
+    trainer = build_trainer(cfg, run_dir, config, jsonl, [
         Summary(facts(cfg, source, data, run_dir)), log, interrupt,
         Checkpoints(run_dir, cfg.checkpoint.every_n_steps, interrupt),
     ])  # fmt: skip
@@ -97,13 +102,15 @@ def only_check(cfg: DictConfig) -> int:
     return 0
 
 
-def build_trainer(cfg: DictConfig, run_dir: Path, config: dict[str, Any], callbacks: list[pl.Callback]) -> pl.Trainer:
+def build_trainer(
+    cfg: DictConfig, run_dir: Path, config: dict[str, Any], jsonl: loggers.JsonlLogger, callbacks: list[pl.Callback]
+) -> pl.Trainer:
     """Return Lightning's Trainer; what it refuses becomes a UserError."""
     chosen = list(instantiate(cfg.callbacks).values())
     try:
         return instantiate(
             cfg.trainer, _convert_="all", strategy=instantiate(cfg.strategy)(),
-            logger=[loggers.JsonlLogger(run_dir), *instantiate(cfg.logger)(run_dir, config)],
+            logger=[jsonl, *instantiate(cfg.logger)(run_dir, config)],
             callbacks=[*callbacks, *chosen], default_root_dir=run_dir, enable_checkpointing=False,
             enable_model_summary=False, enable_progress_bar=any(isinstance(c, ProgressBar) for c in chosen),
             use_distributed_sampler=False,

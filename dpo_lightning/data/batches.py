@@ -46,7 +46,7 @@ def collate(pairs: Sequence[dict[str, Sequence[int]]], micro: MicroBatch) -> Bat
     """
     parts = [[pair["prompt"], pair["chosen"], pair["rejected"]] for pair in pairs]
     return Batch(
-        ids_T=torch.tensor([i for row in parts for ids in row for i in ids]),
+        ids_T=torch.tensor([i for row in parts for ids in row for i in ids], dtype=torch.int64),
         lengths_B3=torch.tensor([[len(ids) for ids in row] for row in parts]),
         rows_B=torch.tensor(micro.rows),
         step_pairs=micro.step_pairs,
@@ -54,7 +54,10 @@ def collate(pairs: Sequence[dict[str, Sequence[int]]], micro: MicroBatch) -> Bat
 
 
 class TrainingOrder(Sampler[MicroBatch]):
-    """One rank's micro-batches of an epoch. Lightning sets the epoch; `consumed` pairs of it are left out."""
+    """One rank's micro-batches of an epoch. Lightning sets the epoch.
+
+    `skip` = (epoch, pairs) leaves out an epoch's first pairs, which a resumed run has seen; the length counts them.
+    """
 
     def __init__(
         self,
@@ -69,14 +72,14 @@ class TrainingOrder(Sampler[MicroBatch]):
         self.pairs, self.batch_size, self.accumulate = pairs, batch_size, accumulate
         self.seed, self.shuffle, self.rank, self.world = seed, shuffle, rank, world
         self.epoch = 0
-        self.consumed = 0
+        self.skip: tuple[int, int] = (0, 0)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order the next iteration follows."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        whole, rest = divmod(self.pairs - self.consumed, self.batch_size * self.accumulate * self.world)
+        whole, rest = divmod(self.pairs, self.batch_size * self.accumulate * self.world)
         return whole * self.accumulate + (-(-rest // self.batch_size) if self.world == 1 else 0)
 
     def __iter__(self) -> Iterator[MicroBatch]:
@@ -84,7 +87,8 @@ class TrainingOrder(Sampler[MicroBatch]):
         if self.shuffle:
             order = np.random.default_rng([self.seed, self.epoch]).permutation(self.pairs)
         per_step = self.batch_size * self.accumulate * self.world
-        for start in range(self.consumed, self.pairs, per_step):
+        first = self.skip[1] if self.epoch == self.skip[0] else 0
+        for start in range(first, self.pairs, per_step):
             step = order[start : start + per_step]
             if len(step) < per_step and self.world > 1:
                 return  # ranks must take part in the same number of steps

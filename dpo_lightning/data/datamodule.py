@@ -55,6 +55,7 @@ class PreferenceData(pl.LightningDataModule):
         )
         self.tokenizer: Any = None
         self.layout = layout
+        self.position: tuple[int, int] = (0, 0)  # epoch and pairs of it that are done
         self.train: Any = None
         self.val: Any = None
         self.census: Census | None = None
@@ -82,19 +83,24 @@ class PreferenceData(pl.LightningDataModule):
         """Memory-map what `prepare_data` made."""
         self.prepare_data()
 
+    def state_dict(self) -> dict[str, int]:
+        """Return how far the training has come, in epochs and pairs: the same on every rank and for any number."""
+        trainer = self.trainer
+        assert trainer is not None
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        return {"epoch": trainer.current_epoch, "pairs": done * self.batch_size * trainer.world_size}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on from there."""
+        self.position = (state_dict["epoch"], state_dict["pairs"])
+
     def examples(self, count: int) -> list[dict[str, Any]]:
         """Return the first held-out rows: prompt as token ids, question as text."""
         return [self.val[row] for row in range(min(count, len(self.val)))]
 
     def lengths(self, table: Any) -> np.ndarray:
         """Return the tokens of prompt, chosen and rejected of each pair, shape (pairs, 3)."""
-        from pyarrow import compute
-
-        lengths_of = compute.list_value_length  # type: ignore[attr-defined]  # made at import
-
-        table = table.flatten_indices() if table._indices is not None else table
-        columns = [lengths_of(table.data.column(c)) for c in ("prompt", "chosen", "rejected")]
-        return np.stack([column.to_numpy() for column in columns], 1)
+        return np.stack(table.select_columns("lengths").with_format("numpy")[:]["lengths"])
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Return this rank's micro-batches; Lightning sets the epoch of the order."""
@@ -104,6 +110,7 @@ class PreferenceData(pl.LightningDataModule):
             len(self.train), self.batch_size, trainer.accumulate_grad_batches, self.seed, self.shuffle,
             trainer.global_rank, trainer.world_size,
         )  # fmt: skip
+        order.skip = self.position
         if not len(order):
             need = self.batch_size * trainer.accumulate_grad_batches * trainer.world_size
             raise UserError(

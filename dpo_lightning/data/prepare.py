@@ -22,7 +22,7 @@ from dpo_lightning.data.sources import Source
 from dpo_lightning.data.tokenize import tokenize_pairs
 from dpo_lightning.types import Pair, UserError
 
-VERSION = 2  # part of the key: raise it when the same rows would give other ids
+VERSION = 3  # part of the key: raise it when the same rows would give other ids
 TOKENIZER_BATCH = 1000
 SIDES = ("prompt", "chosen", "rejected")
 SHOWN = 5  # bad rows that are named before the rest is counted
@@ -53,7 +53,8 @@ def prepare(
 ) -> tuple[Any, Census]:
     """Return the table and the census of the rows it was made of.
 
-    Columns: prompt, chosen, rejected, lists of int32; prompt_key, int64; question, text.
+    Columns: prompt, chosen, rejected, lists of int32; lengths, their three lengths; prompt_key,
+    int64; question, text.
 
     The rows must have passed `validate`. Raises UserError if the template refuses a row, or nothing is left of any.
     """
@@ -64,7 +65,11 @@ def prepare(
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
     census_file = cache_dir() / "data" / f"{key}.json"
     ids = List(Value("int32"))
-    columns = {**dict.fromkeys(SIDES, ids), "prompt_key": Value("int64"), "question": Value("string")}
+    columns = {
+        **dict.fromkeys((*SIDES, "lengths"), ids),
+        "prompt_key": Value("int64"),
+        "question": Value("string"),
+    }
     try:
         table = Dataset.from_generator(
             _tokenized,
@@ -129,11 +134,11 @@ def _tokenized(job: _Job) -> Iterator[dict[str, Any]]:
             census.pairs += 1
             census.truncated += tokens.truncated
             ids = {side: np.array(ids, np.int32) for side, ids in zip(SIDES, tokens[:3], strict=True)}
-            yield {**ids, "prompt_key": _prompt_key(pair), "question": _question(pair)}
+            lengths = [len(row) for row in tokens[:3]]
+            yield {**ids, "lengths": lengths, "prompt_key": _prompt_key(pair), "question": _question(pair)}
     if not census.pairs:
-        raise UserError(
-            f"{job.source.name}: no usable pair within data.max_length={job.max_length} ({most_common(census)}); raise it"
-        )
+        limit = f"data.max_length={job.max_length}"
+        raise UserError(f"{job.source.name}: no usable pair within {limit} ({most_common(census)}); raise it")
     scratch = job.census_file.with_suffix(f".{os.getpid()}")
     scratch.write_text(json.dumps(vars(census)))
     scratch.replace(job.census_file)

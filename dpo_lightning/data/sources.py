@@ -132,6 +132,8 @@ class FileSource:
         except json.JSONDecodeError as error:
             where = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno} column {error.colno}"
             raise UserError(f"{place}: not JSON ({error.msg} at {where}); mend or remove it") from None
+        except (ValueError, RecursionError) as error:  # a number of 5000 digits, brackets 1000 deep
+            raise UserError(f"{place}: cannot be read ({error}); mend or remove it") from None
 
     @staticmethod
     def _object(place: str, row: Any) -> dict[str, Any]:

@@ -30,6 +30,10 @@ def tokenize_pairs(
     that prompt + chosen, prompt + rejected and the prompt alone have in common.
     """
     chat = use_chat(tokenizer, template)
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            "the tokenizer has no EOS token, so that no end can be learnt: give model.tokenizer= one that has"
+        )
     rendered = [_render(pair, tokenizer, chat) for pair in pairs]
     plain = [isinstance(pair.prompt, str) and not chat for pair in pairs]
     prompts, chosen, rejected = (_encode(texts, plain, tokenizer) for texts in zip(*rendered, strict=True))

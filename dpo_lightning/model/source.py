@@ -71,7 +71,7 @@ class ModelSource:
         model = _reachable(folder, AutoModelForCausalLM.from_pretrained, dtype=dtype, **dict.fromkeys(silenced, 0.0))
         model.config.use_cache = False
         if self.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            checkpoint_activations(model)
         # from_pretrained gives eval mode, in which gradient checkpointing and LoRA dropout are silently off.
         return model.train()
 
@@ -101,6 +101,15 @@ class ModelSource:
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Recompute activations in the backward pass; without re-entering autograd, so that frozen inputs do."""
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(options)
+    else:  # before transformers 5.20
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
 def _dropout_fields(config: Any) -> list[str]:

@@ -89,6 +89,11 @@ def to_resume(resume: str, run_dir: Path) -> Path | None:
     return found
 
 
+def step_of(state: Path) -> int:
+    """Return the step that a checkpoint's state file was saved at."""
+    return int(state.parent.name.removeprefix("step-"))
+
+
 def _digest(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

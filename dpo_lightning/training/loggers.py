@@ -39,6 +39,14 @@ class JsonlLogger(Logger):
         with self.path.open("a") as stream:
             stream.write(json.dumps({"step": step, **metrics}) + "\n")
 
+    def rewind(self, step: int) -> None:
+        """Drop what was logged after `step`: a run resumed there logs it again."""
+        rows = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+        kept = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= step]
+        scratch = self.path.with_suffix(".tmp")
+        scratch.write_text("".join(kept))
+        scratch.replace(self.path)
+
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
         """Do nothing: config.yaml holds them."""
 
@@ -90,4 +98,4 @@ def finish() -> None:
     import sys
 
     if (wandb := sys.modules.get("wandb")) is not None and wandb.run is not None:
-        wandb.finish(quiet=True)
+        wandb.finish()

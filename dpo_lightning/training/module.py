@@ -49,12 +49,14 @@ class DPOModule(pl.LightningModule):
         self.grad_norm: Tensor | None = None
         self.step_lr = 0.0
         self.started = False
+        self.rng: Tensor | None = None
 
     def configure_model(self) -> None:
         """Build policy and reference, once; the adapter depends on the seed alone, not on what ran before."""
         if self.policy is None:
             torch.manual_seed(self.seed)
             self.policy = self.build_policy()
+            assert self.policy.training, "in eval mode dropout and activation checkpointing are silently off"
             self.layout = choose_layout(self.policy, self.layout)
             self.reference = self.build_reference(self.policy)
             self.use_layout(self.layout.split()[0])
@@ -108,8 +110,18 @@ class DPOModule(pl.LightningModule):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.grad_norm = nn.utils.clip_grad_norm_(parameters, gradient_clip_val or float("inf"))
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the state of the random numbers until the training starts."""
+        self.rng = checkpoint["rng"]
+
+    def on_train_start(self) -> None:
+        """Go on with the random numbers of the run that is resumed."""
+        if self.rng is not None:
+            torch.set_rng_state(self.rng)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave out what does not train: it comes back from the base model."""
         trainable = {name for name, p in self.named_parameters() if p.requires_grad}
+        checkpoint["rng"] = torch.get_rng_state()
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: value for name, value in state.items() if name in trainable}

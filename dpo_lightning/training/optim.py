@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-LORA_LR, FULL_LR = 5e-5, 1e-6  # what `auto` becomes
+LORA_LR, FULL_LR = 1e-4, 1e-6  # what `auto` becomes
 
 
 def adamw(

@@ -1,0 +1,76 @@
+"""The chunked head against autograd through the full logits."""
+
+import pytest
+import torch
+from torch import nn
+
+from dpo_lightning.model import head as module
+from dpo_lightning.model.head import LinearLogp, LogitRule
+
+RULES = [LogitRule(), LogitRule(scale=0.25), LogitRule(cap=3.0), LogitRule(scale=2.0, cap=3.0)]
+
+
+def inputs(trainable: bool, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(7, 5, generator=generator, dtype=dtype).requires_grad_()
+    weight = torch.randn(11, 5, generator=generator, dtype=dtype).requires_grad_(trainable)
+    return x, weight, torch.tensor([0, 3, 10, 3, 7, 1, 2])
+
+
+def plain(x, weight, y, rule):
+    return rule.apply(x @ weight.T).log_softmax(1).gather(1, y[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("trainable", [False, True])
+def test_equals_autograd_through_the_logits(rule, trainable):
+    grads = []
+    upstream = torch.linspace(-2, 3, 7)
+    for function in (lambda *a: LinearLogp.apply(*a, 3), plain):
+        x, weight, y = inputs(trainable, torch.float32)
+        out = function(x, weight, y, rule)
+        (out * upstream).sum().backward()
+        grads.append((out.detach(), x.grad, weight.grad))
+    for ours, theirs in zip(*grads, strict=True):
+        if theirs is not None:
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    assert (grads[0][2] is None) == (not trainable)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("trainable", [False, True])
+def test_gradcheck_in_float64(rule, trainable, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # the sweep is float32 by design
+    monkeypatch.setattr(torch, "float32", torch.float64)
+    x, weight, y = inputs(trainable)
+    assert torch.autograd.gradcheck(lambda x, w: LinearLogp.apply(x, w, y, rule, 3), (x, weight))
+
+
+def test_a_frozen_head_keeps_no_logits():
+    x, weight, y = inputs(False, torch.float32)
+    out = LinearLogp.apply(x, weight, y, LogitRule(), 3)
+    saved = out.grad_fn.saved_tensors
+    assert [t.shape for t in saved] == [x.shape]
+
+
+class Tiny(nn.Module):
+    def __init__(self, head):
+        super().__init__()
+        self.head = head
+        self.config = type("Config", (), {"get_text_config": lambda self: self, "final_logit_softcapping": None})()
+
+    def get_output_embeddings(self):
+        return self.head
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_module_scores_and_still_gives_logits(bias):
+    torch.manual_seed(0)
+    head = nn.Linear(5, 11, bias=bias)
+    before = head(torch.ones(2, 5))
+    x, y = torch.randn(7, 5, requires_grad=True), torch.tensor([0, 3, 10, 3, 7, 1, 2])
+    scoring = module.install_scoring(Tiny(head))
+    torch.testing.assert_close(scoring(x, y), head(x).log_softmax(1).gather(1, y[:, None])[:, 0])
+    assert torch.equal(scoring(torch.ones(2, 5)), before)
+    scoring(x, y).sum().backward()
+    assert x.grad is not None and head.weight.grad is not None

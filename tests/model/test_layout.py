@@ -1,0 +1,123 @@
+"""Every way to compute a pair's log-probabilities gives the same, and the same gradients."""
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from dpo_lightning.model.layout import choose_layout, probe, set_layout
+from dpo_lightning.model.logps import pair_logps, plain_logps
+from dpo_lightning.model.lora import add_lora
+from dpo_lightning.model.source import checkpoint_activations
+from dpo_lightning.types import Batch, UserError
+
+SMALL = {
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+SHARED = {
+    "llama": {},
+    "gemma": {},
+    "gemma2": {"sliding_window": 6, "query_pre_attn_scalar": 8},
+    "gemma3_text": {"sliding_window": 6, "query_pre_attn_scalar": 8},
+    "qwen2": {},
+    "qwen3": {},
+    "mistral": {"sliding_window": 6},
+    "phi3": {},
+    "granite": {"logits_scaling": 2.0},
+    "cohere": {},
+}
+RECURRENT = {"mamba": {}, "lfm2": {"layer_types": ["conv", "full_attention", "conv", "conv"]}}
+
+
+def model_of(architecture, options):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[architecture](**{**SMALL, **options}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)  # larger weights, so that a wrong mask shows in the log-probabilities
+    return model.train()
+
+
+def measured(model, layout, batch):
+    """Log-probabilities, and gradients of a function that weighs the two sides differently."""
+    set_layout(model, layout)
+    model.zero_grad()
+    out = pair_logps(model, batch)
+    (out.chosen.sum() - 2 * out.rejected.sum()).backward()
+    return out, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("architecture", SHARED)
+def test_shared_prefix_equals_padded_pairs(architecture, lora):
+    model = model_of(architecture, SHARED[architecture])
+    if lora:
+        model = add_lora(model, r=4, lora_alpha=8, lora_dropout=0.0, target_modules="all-linear")
+    assert choose_layout(model, "auto") == "shared"
+    batch = probe(97, torch.device("cpu"))
+    padded, padded_grads = measured(model, "padded", batch)
+    shared, shared_grads = measured(model, "shared", batch)
+    torch.testing.assert_close(shared, padded, atol=2e-5, rtol=0)
+    assert padded_grads.keys() == shared_grads.keys() and padded_grads
+    largest = max(g.abs().max() for g in padded_grads.values())
+    for name, grad in padded_grads.items():
+        assert (shared_grads[name] - grad).abs().max() <= 1e-5 * largest, name
+
+
+def test_gradient_checkpointing_changes_nothing():
+    model = model_of("mistral", SHARED["mistral"])
+    batch = probe(97, torch.device("cpu"))
+    _, without = measured(model, "shared", batch)
+    checkpoint_activations(model)
+    _, with_it = measured(model, "shared", batch)
+    for name, grad in without.items():
+        torch.testing.assert_close(with_it[name], grad, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("architecture", RECURRENT)
+def test_a_model_that_cannot_share_is_scored_padded_and_says_so(architecture):
+    model = model_of(architecture, RECURRENT[architecture])
+    assert choose_layout(model, "auto").startswith("padded (in the shared prefix chosen tokens reach the rejected")
+    with pytest.raises(UserError, match=r"data\.layout=shared: .*; use data\.layout=auto or padded"):
+        choose_layout(model, "shared")
+
+
+@pytest.mark.parametrize("layout", ["padded", "shared"])
+def test_equals_the_models_own_logits(layout):
+    model = model_of("llama", {})
+    set_layout(model, layout)
+    batch = probe(97, torch.device("cpu"))
+    ours = pair_logps(model, batch)
+    set_layout(model, "padded")
+    torch.testing.assert_close(ours, plain_logps(model, batch), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("layout", ["padded", "shared"])
+def test_a_pair_does_not_depend_on_its_batch(layout):
+    model = model_of("llama", {})
+    set_layout(model, layout)
+    both = probe(97, torch.device("cpu"))
+    first = int(both.lengths_B3[0].sum())
+    alone = [
+        Batch(both.ids_T[:first], both.lengths_B3[:1], both.rows_B[:1], 1),
+        Batch(both.ids_T[first:], both.lengths_B3[1:], both.rows_B[1:], 1),
+    ]
+    together = pair_logps(model, both)
+    for row, batch in enumerate(alone):
+        single = pair_logps(model, batch)
+        torch.testing.assert_close(single.chosen[0], together.chosen[row], atol=2e-5, rtol=0)
+        torch.testing.assert_close(single.rejected[0], together.rejected[row], atol=2e-5, rtol=0)
+
+
+def test_an_unknown_head_is_refused():
+    model = model_of("llama", {})
+    stock = model.forward
+
+    def forward(*args, **kwargs):
+        out = stock(*args, **kwargs)
+        out.logits = out.logits * 1.5
+        return out
+
+    model.forward = forward
+    with pytest.raises(UserError, match="head does something that is not supported"):
+        choose_layout(model, "auto")

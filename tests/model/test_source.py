@@ -1,0 +1,62 @@
+"""Where models come from, and what is said when they cannot be had."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from dpo_lightning.model.source import ModelSource, wheel_file
+from dpo_lightning.types import UserError
+
+TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def test_random_weights_are_made_once_and_load_as_a_folder(tmp_path):
+    source = ModelSource("tiny", tmp_path, init="random", architecture="llama", dimensions=TINY)
+    folder = source.folder()
+    before = {n: p.clone() for n, p in source.load(torch.float32).named_parameters()}
+    again = AutoModelForCausalLM.from_pretrained(folder)
+    assert all(torch.equal(p, before[n]) for n, p in again.named_parameters())
+    other = ModelSource("tiny", tmp_path, init="random", architecture="llama", dimensions={**TINY, "hidden_size": 64})
+    assert other.folder() != folder
+
+
+def test_dropout_of_the_base_is_off_and_training_mode_on(tmp_path):
+    dimensions = {"n_embd": 32, "n_layer": 2, "n_head": 4, "attn_pdrop": 0.1, "resid_pdrop": 0.1, "embd_pdrop": 0.1}
+    model = ModelSource("x", tmp_path, init="random", architecture="gpt2", dimensions=dimensions).load(torch.float32)
+    drops = [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)]
+    assert drops and not any(drops)
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"architecture": "no_such"}, "transformers knows no such model_type"),
+        ({"architecture": "llama", "dimensions": {"hiden_size": 3}}, "llama has no field hiden_size"),
+    ],
+)
+def test_what_a_random_model_cannot_be(tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        ModelSource("x", tmp_path, init="random", **options).folder()
+
+
+def test_a_folder_without_a_model_is_told_in_a_line(tmp_path):
+    with pytest.raises(
+        UserError, match=r"model\.name=.* cannot be loaded .*give model=hf model\.name=FOLDER"
+    ) as caught:
+        ModelSource(str(tmp_path), tmp_path).load(torch.float32)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_gated_model_is_told_how_to_get_in(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError("You are trying to access a gated repo.\nMake sure to have access to it")
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", refuse)
+    with pytest.raises(UserError, match="accept its licence on the hub and log in with `hf auth login`"):
+        ModelSource("google/gemma-2b-it", tmp_path).load(torch.float32)
+
+
+def test_a_missing_wheel_is_told():
+    with pytest.raises(UserError, match="the package no_such_package is not installed"):
+        wheel_file("wheel:no_such_package/file.gguf")

@@ -1,0 +1,348 @@
+"""Every mistake of a user's: exit code 2, a line each that names key or row and the remedy, within seconds."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra._internal import hydra as hydra_runner
+from omegaconf import DictConfig, OmegaConf
+
+from dpo_lightning import __main__ as cli
+from dpo_lightning.config import CHECKS, CONF, check
+from dpo_lightning.types import UserError
+
+ALWAYS = ("model=tiny", "logger=none", "run_dir=TMP/run")
+SECONDS = 5
+ROW = {"prompt": "Why?", "chosen": "Because of this.", "rejected": "No."}
+ROWS = json.dumps(ROW) + "\n" + json.dumps({**ROW, "prompt": "How?"}) + "\n"
+FILES = {
+    "good.jsonl": ROWS,
+    "empty.jsonl": "",
+    "blank.jsonl": "\n\n",
+    "none.json": "[]",
+    "no_chosen.jsonl": ROWS + json.dumps({"prompt": "Why?", "choosen": "So.", "rejected": "No."}) + "\n",
+    "broken.jsonl": ROWS + '{"prompt": "Why?", "chosen"\n',
+    "equal.jsonl": json.dumps({**ROW, "chosen": "No."}) + "\n",
+    "rows.txt": ROWS,
+    "old/metrics.jsonl": "{}\n",
+    "own/loss/stranger.yaml": "_target_: os.system\ncommand: touch TMP/pwned\n",
+    "own/callbacks/stranger.yaml": "x:\n  _target_: pathlib.Path.unlink\n  self: TMP/victim\n",
+    "own/loss/mine.yaml": "_target_: my_package.loss\n_partial_: true\nbeta: 0.1\n",
+    "own/loss/typo.yaml": "defaults: [dpo]\nlabel_smothing: 0.1\n",
+    "own/loss/broken.yaml": "defaults: [dpo\n",
+    "own/data/mine.yaml": "defaults: [base]\npath: TMP/good.jsonl\n",
+    "own/experiment/in_list.yaml": "# @package _global_\ntrainer:\n  plugins:\n  - _target_: os.system\n",
+    "own/experiment/made.yaml": "# @package _global_\nseed: '${oc.create:\"{_target_: os.system}\"}'\n",
+    "own/experiment/hydra_callback.yaml": "# @package _global_\nhydra: {callbacks: {x: {_target_: os.system}}}\n",
+    "own/experiment/hydra_sweeper.yaml": "# @package _global_\nhydra: {sweeper: {params: {x: {_target_: os.system}}}}\n",
+    "own/experiment/hydra_logging.yaml": (
+        "# @package _global_\nhydra: {hydra_logging: {root: {handlers: [x]}, handlers: {x: {(): os.system}}}}\n"
+    ),
+    "victim": "",
+}
+
+# name: the arguments, and what must be said
+CASES: dict[str, tuple[list[str], list[str]]] = {
+    "unknown key": (["learning_rat=1"], ["unknown key learning_rat", "--cfg job"]),
+    "unknown key, the group forgotten": (["beta=1"], ["unknown key beta", "did you mean loss.beta?"]),
+    "nested unknown key": (["loss.betta=0.2"], ["unknown key loss.betta", "did you mean loss.beta?"]),
+    "key of another option": (["loss=hinge", "loss.label_smoothing=0.1"], ["loss.label_smoothing", "choose another"]),
+    "added unknown key": (["+sed=1"], ["unknown key sed", "did you mean seed?"]),
+    "added unknown nested key": (["+optim.learning=1"], ["unknown key optim.learning", "nothing reads it"]),
+    "added unknown trainer key": (["+trainer.max_step=1"], ["trainer.max_step", "did you mean trainer.max_steps?"]),
+    "added key that train.py sets": (["+trainer.logger=false"], ["unknown key trainer.logger", "nothing reads it"]),
+    "added key in a section": (["+export.merged=true"], ["unknown key export.merged", "did you mean export.merge?"]),
+    "added key that is there": (["+loss.beta=0.2"], ["+loss.beta", "leave the + out"]),
+    "added callback that is none": (["+callbacks.x=5"], ["callbacks.x has no _target_", "callbacks="]),
+    "key taken away": (["~loss.beta"], ["loss.beta is missing", "give it a value"]),
+    "group taken away": (["~loss"], ["loss is missing", "give it a value"]),
+    "target taken away": (["~loss._target_"], ["loss has no _target_", "loss="]),
+    "section made a number": (["checkpoint=5"], ["checkpoint=5", "must be a mapping with every_n_steps"]),
+    "unknown option": (["loss=dpoo"], ["loss=dpoo: no such option", "did you mean dpo?", "hinge, ipo"]),
+    "unknown experiment": (["experiment=x"], ["experiment=x: no such option", "gemma_fashion_dpo"]),
+    "null for a group": (["lora=null"], ["lora=null", "lora=none"]),
+    "several wrong values": (
+        ["loss.beta=-1", "optim.lr=0", "data.batch_size=1.5", "+export.x=1"],
+        ["loss.beta=-1: must be", "optim.lr=0: must be", "data.batch_size=1.5: must be", "unknown key export.x"],
+    ),
+    "dangling interpolation": (["run_dir='${nope}'"], ["run_dir", "'nope' not found"]),
+    "dangling interpolation in a list": (["optim.betas=[0.9,'${nope}']"], ["optim.betas", "'nope' not found"]),
+    "override without a value": (["checkk", "seed=1"], ["checkk", "key=value"]),
+    "override without a key": (["=3"], ["=3", "lora=none"]),
+    "bracket not closed": (["loss.beta=[1"], ["loss.beta=[1", "key=value", "quotes"]),
+    "sweep without --multirun": (["loss.beta=0.1,0.2"], ["loss.beta=0.1,0.2", "--multirun"]),
+    "mandatory value missing": (["model=hf"], ["model.name is not set", "give model.name="]),
+    "data file not named": (["data=jsonl"], ["data.path is not set", "give data.path=FILE"]),
+    "data set not named": (["data=hub"], ["is not set", "data.name=HUB_ID"]),
+    "data file absent": (["data=jsonl", "data.path=TMP/no.jsonl"], ["data.path=TMP/no.jsonl: no such file", "give a"]),
+    "validation file absent": (["data.val_path=TMP/no.jsonl"], ["data.val_path=TMP/no.jsonl: no such file", "give a"]),
+    "shipped data set absent": (["data.path=shipped:fasion"], ["data.path=shipped:fasion", "explainer, fashion"]),
+    "folder as data file": (["data=jsonl", "data.path=TMP/own"], ["data.path=TMP/own: a folder", "give a"]),
+    "number as data file": (["data=jsonl", "data.path=5"], ["data.path=5: must be text"]),
+    "file of unknown kind": (["data=jsonl", "data.path=TMP/rows.txt"], ["data.path=TMP/rows.txt", "give one of"]),
+    "empty file": (["data=jsonl", "data.path=TMP/empty.jsonl"], ["empty.jsonl: no usable pair", "give rows"]),
+    "blank lines alone": (["data=jsonl", "data.path=TMP/blank.jsonl"], ["blank.jsonl: no usable pair", "give rows"]),
+    "zero rows": (["data=jsonl", "data.path=TMP/none.json"], ["none.json: no usable pair", "give rows"]),
+    "equal sides alone": (
+        ["data=jsonl", "data.path=TMP/equal.jsonl"],
+        ["equal.jsonl: no usable pair (1 ", "give rows"],
+    ),
+    "row without chosen": (
+        ["data=jsonl", "data.path=TMP/no_chosen.jsonl"],
+        ["no_chosen.jsonl line 3: no 'chosen'", "found keys: prompt, choosen, rejected", "rename 'choosen'"],
+    ),
+    "row without chosen in validation": (
+        ["data.val_path=TMP/no_chosen.jsonl"],
+        ["no_chosen.jsonl line 3: no 'chosen'"],
+    ),
+    "broken JSON": (["data=jsonl", "data.path=TMP/broken.jsonl"], ["broken.jsonl line 3: not JSON", "mend or remove"]),
+    "path and name": (["data.name=a/b"], ["data.path=shipped:explainer and data.name=a/b", "give one of them"]),
+    "checkpoint absent": (["resume=TMP/no"], ["resume=TMP/no: no such checkpoint", "auto or never"]),
+    "run folder taken": (["run_dir=TMP/old"], ["run_dir=TMP/old: holds a run", "choose another folder"]),
+    "run folder is a file": (["run_dir=TMP/victim/x"], ["run_dir=TMP/victim/x", "choose another"]),
+    "no adapter to turn off": (["lora=none", "reference=adapter_off"], ["reference=adapter_off", "lora=r16"]),
+    "no adapter to merge": (["lora=none", "export.merge=true"], ["export.merge=true", "leave it out"]),
+    "no end": (["trainer.max_epochs=-1"], ["trainer.max_epochs=-1", "set one"]),
+    "no architecture": (["model.architecture=null"], ["model.architecture=", "for instance llama"]),
+    "wheel missing": (["model=smollm2", "model.name=wheel:no_such/x.gguf"], ["model.name=wheel:", "pip install"]),
+    "target on the command line": (["loss._target_=os.system"], ["loss._target_=os.system", "trusted_targets"]),
+    "stranger's loss": (["loss=stranger"], ["loss._target_=os.system", "add it to trusted_targets"]),
+    "stranger's callback": (["callbacks=stranger"], ["callbacks.x._target_=pathlib.Path.unlink", "trusted_targets"]),
+    "target in a list": (["experiment=in_list"], ["trainer.plugins.0._target_=os.system", "trusted_targets"]),
+    "target made by a resolver": (["experiment=made"], ["seed", "_target_=os.system", "trusted_targets"]),
+    "target under hydra": (["experiment=hydra_callback"], ["hydra.callbacks.x._target_=os.system", "trusted_targets"]),
+    "target in hydra's sweeper": (["experiment=hydra_sweeper"], ["hydra.sweeper.params.x._target_", "trusted_targets"]),
+    "code in hydra's logging": (["experiment=hydra_logging"], ["hydra.hydra_logging", "leave hydra.hydra_logging out"]),
+    "typo in an own YAML": (["loss=typo"], ["loss.label_smothing", "did you mean loss.label_smoothing?"]),
+    "own YAML broken": (["loss=broken"], ["loss/broken.yaml", "line"]),
+}
+# These run as a user runs them, too, and must say the same.
+REAL = ["nested unknown key", "unknown option", "several wrong values", "row without chosen", "stranger's callback"]
+
+
+class WentOnError(Exception):
+    """The command line found nothing wrong and would load the model's packages now."""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name, text in FILES.items():
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text.replace("TMP", str(tmp_path)))
+    monkeypatch.setenv("DPO_LIGHTNING_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    return tmp_path
+
+
+Main = Callable[..., str]
+
+
+@pytest.fixture
+def main(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Main:
+    """The command line in this process: main(*arguments) -> what it wrote to stderr, once it has left with 2."""
+
+    def went_on(cfg: DictConfig) -> None:
+        raise WentOnError
+
+    def run(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["dpo_lightning", *arguments])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        assert left.value.code == 2
+        written = capsys.readouterr()
+        assert written.out == ""
+        return written.err
+
+    monkeypatch.setattr(cli, "prefer_cache", went_on)
+    monkeypatch.setattr(cli, "keep_freed_memory", lambda: None)  # the allocator is this process's own
+    monkeypatch.setattr(hydra_runner, "ConfigLoaderImpl", hydra_runner.ConfigLoaderImpl)  # restores what main sets
+    for name in ("HYDRA_FULL_ERROR", "TOKENIZERS_PARALLELISM", "HF_HUB_DISABLE_PROGRESS_BARS"):
+        monkeypatch.setenv(name, "1")
+    return run
+
+
+def arguments_of(name: str, folder: Path) -> list[str]:
+    given = ["--config-dir", "TMP/own", *ALWAYS, *CASES[name][0]]
+    return [argument.replace("TMP", str(folder)) for argument in given]
+
+
+def assert_told(stderr: str, mentions: list[str], folder: Path) -> None:
+    lines = stderr.splitlines()
+    assert lines
+    assert all(line.startswith("error: ") for line in lines), stderr
+    for mention in mentions:
+        assert mention.replace("TMP", str(folder)) in stderr
+    left = {path.name for path in folder.iterdir()} - {"cache"}
+    assert left == {*(name.partition("/")[0] for name in FILES), "cwd"}, "a run folder was made, or a file removed"
+    assert not list((folder / "cwd").iterdir())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_mistake_is_told(name: str, folder: Path, main: Main) -> None:
+    start = time.monotonic()
+    stderr = main(*arguments_of(name, folder))
+    assert_told(stderr, CASES[name][1], folder)
+    assert time.monotonic() - start < SECONDS
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_a_process_of_its_own_says_the_same_within_seconds(name: str, folder: Path, main: Main) -> None:
+    start = time.monotonic()
+    result = command_line(*arguments_of(name, folder))
+    seconds = time.monotonic() - start
+    assert (result.returncode, result.stdout) == (2, "")
+    assert_told(result.stderr, CASES[name][1], folder)
+    assert result.stderr == main(*arguments_of(name, folder))
+    assert seconds < SECONDS
+
+
+def command_line(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(CONF.parent)}
+    command = [sys.executable, "-m", "dpo_lightning", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+def test_what_only_the_tokenizer_can_tell(folder: Path) -> None:
+    """Messages for a tokenizer without a chat template: told before a model is loaded, and no run folder is made."""
+    user, good, bad = (
+        {"role": role, "content": text} for role, text in [("user", "a"), ("assistant", "b"), ("assistant", "c")]
+    )
+    (folder / "good.jsonl").write_text(json.dumps({"prompt": [user], "chosen": [good], "rejected": [bad]}))
+    result = command_line(
+        "model=tiny", "logger=none", f"run_dir={folder}/run", "data=jsonl", f"data.path={folder}/good.jsonl"
+    )
+    assert (result.returncode, result.stdout) == (2, "")
+    assert_told(result.stderr, ["chat template", "model.tokenizer="], folder)
+
+
+@pytest.mark.parametrize("verb", ["trane", "tests"])
+def test_unknown_verb(verb: str, folder: Path, main: Main) -> None:
+    assert_told(main(verb, "seed=1"), [f"unknown verb {verb}", "train, check, export, report, compare"], folder)
+
+
+@pytest.mark.parametrize("verb", ["report", "compare", "export"])
+def test_verbs_on_finished_runs(verb: str, folder: Path, main: Main) -> None:
+    merge = ["export.merge=true"] if verb == "export" else []
+    assert_told(main(verb, *merge), ["run_dir", "give"], folder)
+    assert_told(
+        main(verb, *merge, f"run_dir={folder}/own"), [f"run_dir={folder}/own: no metrics.jsonl", "give"], folder
+    )
+    assert_told(main(verb, "run_dir=5", "+x=1"), ["run_dir=5: must be text", "unknown key x"], folder)
+    lines = main(verb, *merge, f"run_dir={folder}/own", "seed=7").splitlines()
+    assert lines[0].startswith(f"warning: seed=7 has no effect: {verb} reads run_dir")
+    assert len(lines) == 2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["loss=mine", "trusted_targets=[my_package.loss]"],
+        ["data=mine"],
+        ["experiment=in_list", "trusted_targets=[os.system]"],
+        ["experiment=hydra_callback", "trusted_targets=[builtins.dict]", "hydra.callbacks.x._target_=builtins.dict"],
+        ["~callbacks.progress"],
+        ["+trainer.max_time='00:01:00:00'"],
+        ["resume=TMP/own", "run_dir=TMP/old"],
+    ],
+    ids=" ".join,
+)
+@pytest.mark.filterwarnings("ignore:Callback dict.on_:UserWarning")
+def test_what_is_right_goes_on(arguments: list[str], folder: Path, main: Main) -> None:
+    given = [argument.replace("TMP", str(folder)) for argument in (*ALWAYS, "--config-dir", "TMP/own", *arguments)]
+    with pytest.raises(WentOnError):
+        main(*given)
+
+
+# A value, or several, that the rule of each key refuses.
+BAD: dict[str, list[object]] = {
+    "seed": [-1, 2**32, 1.0, None, True],
+    "run_dir": ["", 5],
+    "resume": [None, " "],
+    "checkpoint.every_n_steps": [0, "auto"],
+    "export.merge": ["yes", 1, None],
+    "export.hub_id": [5],
+    "samples.count": [-1, None],
+    "samples.max_new_tokens": [0],
+    "trusted_targets": [None, "os.system", [5]],
+    "model.name": [None, 5],
+    "model.base_model": [""],
+    "model.note": [5],
+    "model.init": ["scratch", None],
+    "model.architecture": [5],
+    "model.dimensions": [None, 5],
+    "model.tokenizer": [""],
+    "model.gradient_checkpointing": ["on"],
+    "data.path": [5, ""],
+    "data.val_path": [[1]],
+    "data.name": [5],
+    "data.subset": [""],
+    "data.split": [None],
+    "data.val_split": [5],
+    "data.max_pairs": [0],
+    "data.max_length": [7, None],
+    "data.val_fraction": [0, 1, -0.1],
+    "data.template": ["chatml"],
+    "data.layout": ["packed"],
+    "data.batch_size": [0, 1.5, "auto"],
+    "data.shuffle": [1],
+    "lora.r": [0, "16"],
+    "lora.lora_alpha": [0],
+    "lora.lora_dropout": [1, -0.1],
+    "lora.target_modules": [None, [], [5]],
+    "reference.mode": ["off", None],
+    "loss.beta": [0, -0.1, "0.1", float("nan"), float("inf"), True],
+    "loss.label_smoothing": [0.5, -0.1],
+    "optim.lr": [0, "fast", None],
+    "optim.betas": [[0.9], [0.9, 1], 0.9],
+    "optim.eps": [0],
+    "optim.weight_decay": [-0.1, None],
+    "optim.schedule": ["step"],
+    "optim.warmup_fraction": [1],
+    "trainer.accelerator": ["tpu9"],
+    "trainer.devices": [0, -2, "many", [], [0.5], None],
+    "trainer.num_nodes": [0],
+    "trainer.precision": ["fp8", 32],
+    "trainer.max_epochs": [0, 1.5],
+    "trainer.max_steps": [0, -2, None],
+    "trainer.accumulate_grad_batches": [0],
+    "trainer.gradient_clip_val": [-1],
+    "trainer.log_every_n_steps": [0],
+    "trainer.limit_train_batches": [-1, 1.5],
+    "trainer.limit_val_batches": [-1, None],
+    "trainer.val_check_interval": [0, 0.0, 1.5],
+    "trainer.num_sanity_val_steps": [-2],
+    "trainer.deterministic": ["yes"],
+    "strategy.name": [None],
+    "logger.project": [None],
+    "logger.entity": [5],
+    "logger.name": [""],
+    "logger.tags": ["a", [5]],
+}
+# Options to choose for keys that the default configuration does not have.
+NEEDS: dict[str, tuple[str, ...]] = {}
+
+
+@functools.cache
+def composed(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", list(overrides))
+
+
+@pytest.mark.parametrize("key", CHECKS)
+def test_bad_value_is_refused(key: str) -> None:
+    for value in BAD[key]:
+        cfg = composed(*NEEDS.get(key, ())).copy()
+        OmegaConf.update(cfg, key, value, merge=False)
+        with pytest.raises(UserError) as refused:
+            check(cfg)
+        lines = str(refused.value).splitlines()
+        assert any(line.startswith(f"{key}=") and ": must be " in line for line in lines), lines
