@@ -12,6 +12,7 @@ Imports nothing heavy: a mistake in a key is told within a second.
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import re
 import sys
@@ -34,6 +35,12 @@ from dpo_lightning.keys import nearest, untrusted
 from dpo_lightning.types import UserError
 
 USER_ERROR = 2
+NOISE = (  # known warnings that do not concern the user, each by its message
+    r".*treespec, LeafSpec.*",
+    r".*is_gradient_checkpointing. is deprecated.*",
+    r"Found .* module.s. in eval mode at the start of training.*",  # the frozen reference
+    r".*your dataloader is not resumable.*",  # the data module keeps its position
+)
 VERBS = ("train", "check", "export", "report", "compare")
 READS = {"export": ("run_dir", "export.merge"), "report": ("run_dir",), "compare": ("run_dir",)}
 
@@ -129,16 +136,20 @@ def hidden_code(cfg: DictConfig) -> Iterator[str]:
     hidden = {key: OmegaConf.to_container(cfg.hydra[key], resolve=True) for key in ("callbacks", *plugins)}
     yield from untrusted(hidden, trusted(cfg) | {cfg.hydra[key]._target_ for key in plugins}, "hydra")
     for key in ("job_logging", "hydra_logging"):
-        shipped = Path(hydra.__file__).parent.glob(f"conf/hydra/{key}/*.yaml")
-        given = OmegaConf.to_container(cfg.hydra[key])
-        if given not in [OmegaConf.to_container(OmegaConf.load(file)) for file in shipped]:
+        if OmegaConf.to_container(cfg.hydra[key]) not in hydras_own(key):
             yield f"hydra.{key}: only one of Hydra's own options is accepted; leave hydra.{key} out"
 
 
+@functools.cache
+def hydras_own(group: str) -> list[Any]:
+    """Return the options that Hydra ships for one of its groups."""
+    files = Path(hydra.__file__).parent.glob(f"conf/hydra/{group}/*.yaml")
+    return [OmegaConf.to_container(OmegaConf.load(file)) for file in files]
+
+
 def quiet() -> None:
-    """Keep other packages' notes to their own developers, each known one by its message, off the screen."""
-    reference_is_frozen = r"Found .* module.s. in eval mode at the start of training.*"
-    for text in (r".*treespec, LeafSpec.*", r".*is_gradient_checkpointing. is deprecated.*", reference_is_frozen):
+    """Keep other packages' chatter off the screen."""
+    for text in NOISE:
         warnings.filterwarnings("ignore", message=text)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

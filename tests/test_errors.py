@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra._internal import hydra as hydra_runner
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from omegaconf import DictConfig, OmegaConf
 
 from dpo_lightning import __main__ as cli
@@ -41,7 +41,7 @@ FILES = {
     "own/experiment/in_list.yaml": "# @package _global_\ntrainer:\n  plugins:\n  - _target_: os.system\n",
     "own/experiment/made.yaml": "# @package _global_\nseed: '${oc.create:\"{_target_: os.system}\"}'\n",
     "own/experiment/hydra_callback.yaml": "# @package _global_\nhydra: {callbacks: {x: {_target_: os.system}}}\n",
-    "own/experiment/hydra_sweeper.yaml": "# @package _global_\nhydra: {sweeper: {params: {x: {_target_: os.system}}}}\n",
+    "own/experiment/hydra_sweeper.yaml": "# @package _global_\nhydra: {sweeper: {params: {x: {_target_: a.b}}}}\n",
     "own/experiment/hydra_logging.yaml": (
         "# @package _global_\nhydra: {hydra_logging: {root: {handlers: [x]}, handlers: {x: {(): os.system}}}}\n"
     ),
@@ -164,7 +164,8 @@ def main(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
 
     monkeypatch.setattr(cli, "prefer_cache", went_on)
     monkeypatch.setattr(cli, "keep_freed_memory", lambda: None)  # the allocator is this process's own
-    monkeypatch.setattr(hydra_runner, "ConfigLoaderImpl", hydra_runner.ConfigLoaderImpl)  # restores what main sets
+    monkeypatch.setattr(hydra_runner, "ConfigLoaderImpl", ConfigLoaderImpl)  # restored afterwards: main changes it
+    monkeypatch.setattr(hydra_runner.Hydra, "get_mode", lambda *_, **__: None)  # composes everything a second time
     for name in ("HYDRA_FULL_ERROR", "TOKENIZERS_PARALLELISM", "HF_HUB_DISABLE_PROGRESS_BARS"):
         monkeypatch.setenv(name, "1")
     return run
@@ -206,22 +207,17 @@ def test_a_process_of_its_own_says_the_same_within_seconds(name: str, folder: Pa
 
 
 def command_line(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(CONF.parent)}
     command = [sys.executable, "-m", "dpo_lightning", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_what_only_the_tokenizer_can_tell(folder: Path) -> None:
-    """Messages for a tokenizer without a chat template: told before a model is loaded, and no run folder is made."""
-    user, good, bad = (
-        {"role": role, "content": text} for role, text in [("user", "a"), ("assistant", "b"), ("assistant", "c")]
-    )
-    (folder / "good.jsonl").write_text(json.dumps({"prompt": [user], "chosen": [good], "rejected": [bad]}))
-    result = command_line(
-        "model=tiny", "logger=none", f"run_dir={folder}/run", "data=jsonl", f"data.path={folder}/good.jsonl"
-    )
-    assert (result.returncode, result.stdout) == (2, "")
-    assert_told(result.stderr, ["chat template", "model.tokenizer="], folder)
+def test_what_only_tokenized_rows_can_tell(folder: Path, main: Main, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told after torch and its kin are imported, before a model is loaded."""
+    monkeypatch.setattr(cli, "prefer_cache", lambda cfg: None)
+    one = folder / "good.jsonl"
+    one.write_text(json.dumps(ROW))
+    stderr = main("model=tiny", "logger=none", f"run_dir={folder}/run", "data=jsonl", f"data.path={one}")
+    assert_told(stderr, ["one prompt alone cannot be split", "add rows or give data.val_path=FILE"], folder)
 
 
 @pytest.mark.parametrize("verb", ["trane", "tests"])
@@ -233,13 +229,10 @@ def test_unknown_verb(verb: str, folder: Path, main: Main) -> None:
 def test_verbs_on_finished_runs(verb: str, folder: Path, main: Main) -> None:
     merge = ["export.merge=true"] if verb == "export" else []
     assert_told(main(verb, *merge), ["run_dir", "give"], folder)
-    assert_told(
-        main(verb, *merge, f"run_dir={folder}/own"), [f"run_dir={folder}/own: no metrics.jsonl", "give"], folder
-    )
     assert_told(main(verb, "run_dir=5", "+x=1"), ["run_dir=5: must be text", "unknown key x"], folder)
     lines = main(verb, *merge, f"run_dir={folder}/own", "seed=7").splitlines()
     assert lines[0].startswith(f"warning: seed=7 has no effect: {verb} reads run_dir")
-    assert len(lines) == 2
+    assert_told("\n".join(lines[1:]), [f"run_dir={folder}/own: no metrics.jsonl", "give"], folder)
 
 
 @pytest.mark.parametrize(

@@ -57,8 +57,8 @@ def no_logger(run_dir: Path, config: dict[str, Any]) -> Sequence[Logger]:
 
 
 def csv_logger(run_dir: Path, config: dict[str, Any]) -> Sequence[Logger]:
-    """Write metrics.csv into the run folder."""
-    return [CSVLogger(run_dir, name="", version="")]
+    """Write csv/version_N/metrics.csv into the run folder, a version for each start."""
+    return [CSVLogger(run_dir, name="csv")]
 
 
 def wandb_logger(

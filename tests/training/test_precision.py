@@ -4,7 +4,7 @@ import copy
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dpo_lightning.model.layout import probe
 from dpo_lightning.model.logps import pair_logps
@@ -21,7 +21,7 @@ def test_auto_follows_the_machine():
 
 def test_a_frozen_copy_stored_in_bf16_computes_the_same_bits_under_autocast():
     torch.manual_seed(0)
-    config = CONFIG_MAPPING["llama"](
+    config = LlamaConfig(
         vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         tie_word_embeddings=True,
     )  # fmt: skip

@@ -1,0 +1,47 @@
+"""What several test files share: the command line run in this process, and a cache that the whole session fills."""
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+
+os.environ["WANDB_MODE"] = "offline"
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache of this test session; the real small model is converted into it once."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def cli(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Run `python -m dpo_lightning WORDS` in this process; return its exit code."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    from dpo_lightning.__main__ import main
+
+    def run(*words: str) -> int:
+        monkeypatch.setenv("DPO_LIGHTNING_CACHE", str(cache))
+        monkeypatch.delenv("DPO_LIGHTNING_RUN_DIR", raising=False)
+        monkeypatch.setattr(sys, "argv", ["dpo_lightning", *words])
+        GlobalHydra.instance().clear()
+        with warnings.catch_warnings(), pytest.raises(SystemExit) as exit_:
+            main()
+        return int(exit_.value.code or 0)
+
+    return run
+
+
+@pytest.fixture
+def metrics() -> Callable[[Path], list[dict[str, float]]]:
+    """Read a run's metrics.jsonl."""
+    return lambda run_dir: [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,178 @@
+"""The command as a user runs it, from rows to an exported folder that other libraries load."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+TINY = ["model=tiny", "logger=none", "callbacks=none", "trainer.precision=32-true", "samples.count=0"]
+
+
+def quick_start(folder):
+    """Run the python block of a model card as printed; return what it prints."""
+    code = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)[0]
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd="/", check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_run_leaves_what_it_promises(cli, metrics, tmp_path):
+    run = tmp_path / "run"
+    assert cli("model=tiny", "logger=csv", f"run_dir={run}", "trainer.max_steps=6", "samples.count=3") == 0
+    rows = metrics(run)
+    assert rows[0]["step"] == 0 and rows[0]["val/rewards/accuracies"] == 0.5
+    assert rows[0]["val/loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert [r["step"] for r in rows if "train/loss" in r] == [1, 2, 3, 4, 5, 6]
+    assert rows[-1]["step"] == 6 and rows[-1]["val/loss"] < rows[0]["val/loss"]
+    names = ("chosen", "rejected", "accuracies", "margins")
+    assert {f"train/rewards/{n}" for n in names} | {"perf/pairs_per_second", "train/grad_norm"} <= rows[1].keys()
+    assert (run / "report.html").read_text().count("<img") == len(list((run / "plots").glob("*.png"))) >= 6
+    samples = json.loads((run / "samples.json").read_text())
+    assert len(samples) == 3 and all({"prompt", "reference", "policy"} == s.keys() for s in samples)
+    assert (run / "csv" / "version_0" / "metrics.csv").exists() and "precision: " in (run / "config.yaml").read_text()
+    assert "auto" not in re.findall(r"precision: (\S+)", (run / "config.yaml").read_text())
+    files = {f.name for f in (run / "adapter").iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "README.md"} <= files
+    assert not [f for f in files if f.endswith((".bin", ".pt"))]
+    assert any(
+        v.abs().max() > 0 for k, v in load_file(run / "adapter" / "adapter_model.safetensors").items() if "lora_B" in k
+    )
+    card = (run / "adapter" / "README.md").read_text()
+    for text in ("base_model:", "- dpo\n- lora\n- transformers\n- peft", "rafailov2023direct", "shipped:explainer"):
+        assert text in card
+    quick_start(run / "adapter")
+    assert cli("export", f"run_dir={run}", "export.merge=true") == 0
+    quick_start(run / "model")
+    assert cli("report", f"run_dir={run}") == 0
+    assert cli("compare", f"run_dir='{run},{run}'") == 0
+
+
+@pytest.mark.parametrize(("experiment", "folder"), [("gemma_fashion_dpo", "adapter"), ("llama_explainer_dpo", "model")])
+def test_the_two_published_models_at_reduced_size(experiment, folder, cli, tmp_path):
+    from transformers import pipeline
+
+    run = tmp_path / experiment
+    small = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 1}
+    dimensions = [f"model.dimensions.{key}={value}" for key, value in {**small, **heads}.items()]
+    words = [f"experiment={experiment}", "model.init=random", *dimensions, "trainer.max_steps=2"]
+    assert cli(*words, "logger=none", "callbacks=none", "samples.count=1", f"run_dir={run}") == 0
+    assert not (run / ({"adapter", "model"} - {folder}).pop()).exists()
+    generate = pipeline("text-generation", model=str(run / folder))
+    out = generate([{"role": "user", "content": "What to wear?"}], max_new_tokens=4, do_sample=False)
+    assert out[0]["generated_text"][-1]["role"] == "assistant"
+
+
+def test_full_fine_tuning_exports_the_trained_weights(cli, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    run = tmp_path / "full"
+    assert cli(*TINY, "lora=none", "optim.lr=1e-3", "trainer.max_steps=2", f"run_dir={run}") == 0
+    model = AutoModelForCausalLM.from_pretrained(run / "model")
+    assert model.config.use_cache and model.config._attn_implementation == "sdpa"
+    assert "dpo" not in (run / "model" / "config.json").read_text()
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_exported_and_reloaded_gives_the_logged_logps(cli, metrics, tmp_path, cache, monkeypatch):
+    """The adapter on disk, scored by the validation before a further step, equals the trained policy."""
+    run, again = tmp_path / "one", tmp_path / "merged"
+    assert cli(*TINY, "trainer.max_steps=3", "export.merge=true", f"run_dir={run}") == 0
+    model = ["model=hf", f"model.name={run / 'model'}"]
+    assert cli(*model, *TINY[1:], "trainer.max_steps=1", f"run_dir={again}") == 0
+    trained, reloaded = metrics(run)[-1], metrics(again)[0]
+    for side in ("chosen", "rejected"):
+        assert reloaded[f"val/logps/{side}"] == pytest.approx(trained[f"val/logps/{side}"], rel=1e-5)
+
+
+RESUMABLE = [
+    *TINY, "trainer.max_epochs=2", "data.max_pairs=60", "data.batch_size=4", "trainer.accumulate_grad_batches=2",
+    "lora.lora_dropout=0.1", "checkpoint.every_n_steps=4",
+]  # fmt: skip
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(cli, metrics, tmp_path):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    assert cli(*RESUMABLE, f"run_dir={whole}") == 0
+    (resumed / "checkpoints").mkdir(parents=True)
+    (whole / "checkpoints" / "step-00000004").rename(resumed / "checkpoints" / "step-00000004")
+    # as a killed run leaves it: two steps further than its last checkpoint
+    lines = (whole / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (resumed / "metrics.jsonl").write_text("".join(lines[:7]))
+    assert cli(*RESUMABLE, f"run_dir={resumed}") == 0
+
+    def deterministic(run):
+        return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in metrics(run)]
+
+    assert deterministic(resumed) == deterministic(whole)
+    files = [run / "adapter" / "adapter_model.safetensors" for run in (whole, resumed)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_checkpoint_that_is_not_whole_is_passed_over(cli, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert cli(*RESUMABLE, "trainer.max_steps=8", f"run_dir={run}") == 0
+    state = run / "checkpoints" / "step-00000008" / "state.ckpt"
+    content = bytearray(state.read_bytes())
+    content[len(content) // 2] ^= 1
+    state.write_bytes(content)
+    assert cli(*RESUMABLE, "trainer.max_steps=9", f"run_dir={run}") == 0
+    assert "skipping" in capsys.readouterr().out
+
+
+def test_ctrl_c_saves_and_exports_what_there_is(tmp_path, cache):
+    run = tmp_path / "run"
+    words = [*TINY, "trainer.max_epochs=1000", f"run_dir={run}"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dpo_lightning", *words], env={**os.environ, "DPO_LIGHTNING_CACHE": str(cache)}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and (
+        not (run / "metrics.jsonl").exists() or "train/loss" not in (run / "metrics.jsonl").read_text()
+    ):
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, out
+    assert "Traceback" not in out
+    assert (run / "adapter" / "adapter_model.safetensors").exists()
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    assert {f.name for f in checkpoint.iterdir()} == {"state.ckpt", "manifest.json"}
+
+
+def test_wandb_is_offline_without_a_key_and_never_stops_a_run(cli, tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    run = tmp_path / "run"
+    assert cli(*TINY, "logger=wandb", "trainer.max_steps=1", f"run_dir={run}") == 0
+    assert list(run.glob("wandb/offline-run-*/*.wandb"))
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("no service")
+
+    monkeypatch.setattr("wandb.init", broken)
+    other = tmp_path / "other"
+    assert cli(*TINY, "logger=wandb", "trainer.max_steps=1", f"run_dir={other}") == 0
+    assert (other / "adapter").is_dir()
+
+
+def test_check_loads_no_model_and_leaves_nothing(cli, tmp_path, monkeypatch, capsys):
+    def load(*args, **kwargs):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("dpo_lightning.model.source.AutoModelForCausalLM.from_pretrained", load)
+    monkeypatch.chdir(tmp_path)
+    assert cli("check", "model=tiny", "data=fashion") == 0
+    assert "shipped:fashion" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
