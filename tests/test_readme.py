@@ -42,7 +42,7 @@ def test_a_sweep_runs_each_trial_in_a_folder_of_its_own(cli, tmp_path, monkeypat
     tiny = ["model=tiny", "logger=none", "callbacks=none", "samples.count=0", "trainer.max_steps=1"]
     assert cli("--multirun", "loss.beta=0.05,0.1", *tiny) == 0
     configs = sorted((tmp_path / "runs").glob("*/config.yaml"))
-    assert [re.search(r"beta: (\S+)", c.read_text())[1] for c in configs] == ["0.05", "0.1"]
+    assert [re.findall(r"beta: (\S+)", c.read_text())[0] for c in configs] == ["0.05", "0.1"]
 
 
 def test_make_targets_exist():

@@ -133,8 +133,8 @@ def test_ctrl_c_saves_and_exports_what_there_is(tmp_path, cache):
     run = tmp_path / "run"
     words = [*TINY, "trainer.max_epochs=1000", f"run_dir={run}"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "dpo_lightning", *words], env={**os.environ, "DPO_LIGHTNING_CACHE": str(cache)}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        [sys.executable, "-m", "dpo_lightning", *words], text=True,
+        env={**os.environ, "DPO_LIGHTNING_CACHE": str(cache)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and (
