@@ -38,7 +38,8 @@ from dpo_lightning.types import UserError
 
 INTERRUPTED = 130  # exit code, the shell's for Ctrl-C
 
-logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+for name in ("lightning.pytorch", "lightning.fabric"):
+    logging.getLogger(name).setLevel(logging.WARNING)
 disable_progress_bar()  # of loading weights; the training has one of its own
 datasets.disable_progress_bars()
 

@@ -21,17 +21,17 @@ MAY_USE = {
     "__init__": set(),
     "types": set(),
     "keys": set(),
-    "hub": set(),
     "config": {"types", "keys"},
+    "cli": {"types", "keys", "config"},
     "data": {"types"},
     "objective": {"types"},
     "model": {"types", "data", "objective"},
     "training": {"types", "data", "objective", "model"},
     "outputs": {"types", "data", "model"},
     "train": {"types", "config", "data", "objective", "model", "training", "outputs"},
-    "__main__": {"types", "keys", "config", "hub", "data", "outputs", "train"},
+    "__main__": {"types", "keys", "config", "cli", "data", "outputs", "train"},
 }
-VERBS = r"(train|config|hub|__main__)\.py"
+VERBS = r"(train|config|__main__|cli/\w+)\.py"
 # package of others: the files that may import it
 ONLY_IN = {
     "hydra": VERBS,
@@ -40,7 +40,7 @@ ONLY_IN = {
     "wandb": r"training/loggers\.py",
     "lightning": r"data/datamodule\.py|training/.*|train\.py",
 }
-NEVER_AT_THE_TOP = {"deepspeed": r".*", "torch": r"(__init__|config|keys|types|__main__|hub)\.py"}
+NEVER_AT_THE_TOP = {"deepspeed": r".*", "torch": r"(__init__|config|keys|types|__main__|cli/\w+)\.py"}
 
 
 class Import(NamedTuple):

@@ -1,0 +1,53 @@
+"""Hydra runs some of what YAML names before a task sees it; here that is held to the same trust as the rest."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import hydra
+import hydra._internal.hydra as hydra_runner
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from omegaconf import DictConfig, OmegaConf
+
+from dpo_lightning.cli.errors import fail
+from dpo_lightning.config import trusted
+from dpo_lightning.keys import untrusted
+
+
+def install() -> None:
+    """Let Hydra compose through `GuardedLoader`."""
+    hydra_runner.ConfigLoaderImpl = GuardedLoader  # type: ignore[misc]
+
+
+class GuardedLoader(ConfigLoaderImpl):
+    """Refuses what Hydra itself would run before `check` sees it: any YAML may put something under hydra.*."""
+
+    def load_configuration(self, *args: Any, **options: Any) -> DictConfig:
+        """Return the composed configuration; leave where it names code that is not trusted."""
+        cfg = super().load_configuration(*args, **options)
+        if problems := list(hidden_code(cfg)):
+            fail("\n".join(problems))
+        return cfg
+
+
+def hidden_code(cfg: DictConfig) -> Iterator[str]:
+    """Tell of untrusted code that Hydra would call: targets, and factories and classes of the logging's configuration.
+
+    The sweeper and the launcher themselves are held to Hydra's own plug-ins by Hydra; what is in them is not.
+    """
+    plugins = ("sweeper", "launcher")
+    hidden = {key: OmegaConf.to_container(cfg.hydra[key], resolve=True) for key in ("callbacks", *plugins)}
+    yield from untrusted(hidden, trusted(cfg) | {cfg.hydra[key]._target_ for key in plugins}, "hydra")
+    for key in ("job_logging", "hydra_logging"):
+        if OmegaConf.to_container(cfg.hydra[key]) not in hydras_own(key):
+            yield f"hydra.{key}: only one of Hydra's own options is accepted; leave hydra.{key} out"
+
+
+@functools.cache
+def hydras_own(group: str) -> list[Any]:
+    """Return the options that Hydra ships for one of its groups."""
+    files = Path(hydra.__file__).parent.glob(f"conf/hydra/{group}/*.yaml")
+    return [OmegaConf.to_container(OmegaConf.load(file)) for file in files]

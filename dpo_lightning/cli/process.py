@@ -1,0 +1,37 @@
+"""The process that a run lives in: its memory, its environment and what it prints."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import warnings
+
+NOISE = (  # known warnings that do not concern the user, each by its message
+    r".*treespec, LeafSpec.*",
+    r".*is_gradient_checkpointing. is deprecated.*",
+    r"Found .* module.s. in eval mode at the start of training.*",  # the frozen reference
+    r".*your dataloader is not resumable.*",  # the data module keeps its position
+)
+
+
+def quiet() -> None:
+    """Keep other packages' chatter off the screen."""
+    for text in NOISE:
+        warnings.filterwarnings("ignore", message=text)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed instead of handing it back: a training touches the same gigabytes every step.
+
+    Without this every large temporary of a CPU run is mapped anew, page fault by page fault (2x on elementwise
+    chains of 32 MiB tensors); THP_MEM_ALLOC_ENABLE lets torch ask for huge pages.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's alone
+    if mallopt is not None and not any(name.startswith("MALLOC_") for name in os.environ):
+        trim_threshold, top_pad, mmap_max = -1, -2, -4  # malloc.h
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, -1)
+        mallopt(top_pad, 256 << 20)
