@@ -30,6 +30,7 @@ from dpo_lightning.config import CONF, check, check_values
 from dpo_lightning.keys import nearest
 from dpo_lightning.types import UserError
 
+INTERRUPTED = 130  # exit code, the shell's for Ctrl-C: here before the training began, or the second one
 VERBS = ("train", "check", "export", "report", "compare")
 READS = {"export": ("run_dir", "export.merge"), "report": ("run_dir",), "compare": ("run_dir",)}
 
@@ -98,6 +99,8 @@ def main() -> None:
     entry: Callable[[], None] = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(task)
     try:
         entry()
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
     except Exception as error:
         if running:
             raise

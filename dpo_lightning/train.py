@@ -52,17 +52,13 @@ def train(cfg: DictConfig, job: int | None = None) -> int:
     source: ModelSource = instantiate(cfg.model, _convert_="all", cache=cache_dir() / "models")
     data = build_data(cfg, source)
     resolve(cfg)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    config = save_config(cfg, run_dir)
     interrupt, log = Interrupt(), MetricLog()
-    jsonl = loggers.JsonlLogger(run_dir)
-    if resume is not None:
-        jsonl.rewind(step_of(resume))
-    trainer = build_trainer(cfg, run_dir, config, jsonl, [
+    trainer = build_trainer(cfg, run_dir, [
         Summary(facts(cfg, source, data, run_dir)), log, interrupt,
         Checkpoints(run_dir, cfg.checkpoint.every_n_steps, interrupt),
     ])  # fmt: skip
     module = build_module(cfg, source)
+    config = open_run(cfg, run_dir, trainer, resume)
     with interrupt.installed(), finished_loggers():
         trainer.fit(module, data, ckpt_path=resume, weights_only=True)
         if not interrupt.requested and log.is_stale(trainer):
@@ -81,16 +77,23 @@ def resolve(cfg: DictConfig) -> None:
         cfg.reference.mode = "frozen_copy" if full else "adapter_off"
 
 
-def save_config(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
-    """Write the resolved configuration into the run folder and return it as plain values."""
+def open_run(cfg: DictConfig, run_dir: Path, trainer: pl.Trainer, resume: Path | None) -> dict[str, Any]:
+    """Make the run folder with the resolved configuration, start the loggers; return the former as plain values."""
+    run_dir.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
-    return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]
+    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    jsonl = loggers.JsonlLogger(run_dir)
+    if resume is not None:
+        jsonl.rewind(step_of(resume))
+    trainer.loggers = [jsonl, *instantiate(cfg.logger)(run_dir, config)]
+    return config
 
 
 def build_data(cfg: DictConfig, source: ModelSource) -> PreferenceData:
     """Return the data, every row read and judged: before this, no model is loaded."""
     data: PreferenceData = instantiate(cfg.data)(load_tokenizer=source.load_tokenizer, seed=cfg.seed)
     data.prepare_data()
+    source.check_fits(max(longest_of(data.lengths(table)) for table in (data.train, data.val)), data.tokenizer)
     return data
 
 
@@ -103,15 +106,12 @@ def only_check(cfg: DictConfig) -> int:
     return 0
 
 
-def build_trainer(
-    cfg: DictConfig, run_dir: Path, config: dict[str, Any], jsonl: loggers.JsonlLogger, callbacks: list[pl.Callback]
-) -> pl.Trainer:
+def build_trainer(cfg: DictConfig, run_dir: Path, callbacks: list[pl.Callback]) -> pl.Trainer:
     """Return Lightning's Trainer; what it refuses becomes a UserError."""
     chosen = list(instantiate(cfg.callbacks).values())
     try:
         return instantiate(
-            cfg.trainer, _convert_="all", strategy=instantiate(cfg.strategy)(),
-            logger=[jsonl, *instantiate(cfg.logger)(run_dir, config)],
+            cfg.trainer, _convert_="all", strategy=instantiate(cfg.strategy)(), logger=False,
             callbacks=[*callbacks, *chosen], default_root_dir=run_dir, enable_checkpointing=False,
             enable_model_summary=False, enable_progress_bar=any(isinstance(c, ProgressBar) for c in chosen),
             use_distributed_sampler=False,
@@ -146,14 +146,12 @@ def build_module(cfg: DictConfig, source: ModelSource) -> DPOModule:
 def facts(cfg: DictConfig, source: ModelSource, data: PreferenceData, run_dir: Path) -> Mapping[str, str]:
     """Return what the summary tells before the model is built."""
     lengths = data.lengths(data.train)
-    mean, longest = lengths.mean(0), (lengths[:, :1] + lengths[:, 1:]).max()
-    census = data.census
+    mean, census = lengths.mean(0), data.census
     assert census is not None
-    skipped = (
-        f"; {sum(census.skipped.values())} of {census.rows} rows skipped: {most_common(census)}"
-        if census.skipped
-        else ""
-    )
+    left_out = sum(census.skipped.values())
+    skipped = f"; {left_out} of {census.rows} rows left out: {most_common(census)}" if left_out else ""
+    if seen := data.shared_prompts():
+        skipped += f"; {seen} validation pairs have a prompt that is trained on"
     text = "chat template" if use_chat(data.tokenizer, cfg.data.template) else "plain text"
     lora = f"LoRA r {cfg.lora.r} on {cfg.lora.target_modules}" if "r" in cfg.lora else "full fine-tuning"
     effective = cfg.data.batch_size * cfg.trainer.accumulate_grad_batches
@@ -161,11 +159,21 @@ def facts(cfg: DictConfig, source: ModelSource, data: PreferenceData, run_dir: P
         "model": f"{source.base}, {lora}" + (", untrained random weights" if source.init == "random" else ""),
         "data": f"{data.source.name}: {len(data.train)} training pairs, {len(data.val)} held out, {text}{skipped}",
         "lengths": f"prompt {mean[0]:.0f}, chosen {mean[1]:.0f}, rejected {mean[2]:.0f} tokens on average; longest "
-        f"sequence {longest}, {census.truncated} pairs cut to data.max_length={cfg.data.max_length}",
-        "loss": ", ".join(f"{k} {v}" for k, v in cfg.loss.items() if not k.startswith("_")),
+        f"sequence {longest_of(lengths)}, {census.truncated} pairs cut to data.max_length={cfg.data.max_length}",
+        "loss": f"{cfg.loss._target_.rsplit('.', 1)[-1]}, {options_of(cfg.loss)}",
         "optimizer": f"AdamW, lr {cfg.optim.lr:g}, {cfg.optim.schedule}; {effective} pairs a step and device",
         "run folder": str(run_dir),
     }  # fmt: skip
+
+
+def options_of(group: DictConfig) -> str:
+    """Return a group's keys and values as text."""
+    return ", ".join(f"{key} {value}" for key, value in group.items() if not str(key).startswith("_"))
+
+
+def longest_of(lengths: Any) -> int:
+    """Return the tokens of the longest prompt with a completion, given lengths of shape (pairs, 3)."""
+    return int((lengths[:, :1] + lengths[:, 1:]).max())
 
 
 def finish(

@@ -176,3 +176,18 @@ def test_check_loads_no_model_and_leaves_nothing(cli, tmp_path, monkeypatch, cap
     assert cli("check", "model=tiny", "data=fashion") == 0
     assert "shipped:fashion" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_what_the_trainer_refuses_leaves_no_folder(cli, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert cli(*TINY, "trainer.accelerator=gpu", f"run_dir={run}") == 2
+    assert "error: trainer: No supported gpu backend found" in capsys.readouterr().err
+    assert not run.exists()
+
+
+def test_validation_prompts_that_are_trained_on_are_counted(cli, tmp_path, capsys):
+    assert cli("check", "model=tiny", "data.val_path=shipped:explainer") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "180 training pairs, 180 held out" in out
+    assert "180 validation pairs have a prompt that is trained on" in out

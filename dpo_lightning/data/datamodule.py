@@ -98,6 +98,11 @@ class PreferenceData(pl.LightningDataModule):
         """Return the first held-out rows: prompt as token ids, question as text."""
         return [self.val[row] for row in range(min(count, len(self.val)))]
 
+    def shared_prompts(self) -> int:
+        """Return how many validation pairs have a prompt that is trained on: 0 unless validation data were given."""
+        train, val = (np.asarray(table.with_format("numpy")["prompt_key"]) for table in (self.train, self.val))
+        return int(np.isin(val, train).sum())
+
     def lengths(self, table: Any) -> np.ndarray:
         """Return the tokens of prompt, chosen and rejected of each pair, shape (pairs, 3)."""
         return np.stack(table.select_columns("lengths").with_format("numpy")[:]["lengths"])

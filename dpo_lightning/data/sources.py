@@ -6,6 +6,7 @@ Rows of files are read as a stream, so that memory does not grow with the file.
 from __future__ import annotations
 
 import csv
+import functools
 import gzip
 import hashlib
 import itertools
@@ -159,24 +160,26 @@ class HubSource:
         """Return repository, subset and split."""
         return f"{self.repo}{f'/{self.subset}' if self.subset else ''} ({self.split})"
 
-    def _load(self) -> Any:
-        from datasets import load_dataset
-
-        try:
-            return load_dataset(self.repo, self.subset, split=self.split)
-        except Exception as error:  # the hub raises a dozen kinds; all mean that the data cannot be had
-            why = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise UserError(
-                f"data.name={self.repo}: cannot be loaded ({why}); "
-                "check the name, subset and split, log in with `hf auth login` if it is gated, "
-                "or download it where there is a network and give data=jsonl data.path=FILE"
-            ) from None
-
     def digest(self) -> str:
         """Return the fingerprint that `datasets` keeps for the loaded split."""
-        return f"{self.repo}/{self.subset}/{self.split}/{self._load()._fingerprint}"
+        return f"{self.repo}/{self.subset}/{self.split}/{_from_hub(self.repo, self.subset, self.split)._fingerprint}"
 
     def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield the split's rows in order."""
-        for number, row in enumerate(self._load(), 1):
+        for number, row in enumerate(_from_hub(self.repo, self.subset, self.split), 1):
             yield f"{self.name} row {number}", row
+
+
+@functools.cache
+def _from_hub(repo: str, subset: str | None, split: str) -> Any:
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(repo, subset, split=split)
+    except Exception as error:  # the hub raises a dozen kinds; all mean that the data cannot be had
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(
+            f"data.name={repo}: cannot be loaded ({why}); "
+            "check the name, subset and split, log in with `hf auth login` if it is gated, "
+            "or download it where there is a network and give data=jsonl data.path=FILE"
+        ) from None

@@ -75,6 +75,21 @@ class ModelSource:
         # from_pretrained gives eval mode, in which gradient checkpointing and LoRA dropout are silently off.
         return model.train()
 
+    def check_fits(self, longest: int, tokenizer: Any) -> None:
+        """Raise UserError if a sequence of `longest` tokens, or a token, is beyond what the model was made for."""
+        config = _reachable(self.folder(), AutoConfig.from_pretrained).get_text_config()
+        positions = getattr(config, "max_position_embeddings", None)
+        if positions is not None and longest > positions:
+            raise UserError(
+                f"data.max_length: the longest sequence has {longest} tokens, {self.base} takes {positions}; "
+                f"give data.max_length={positions}"
+            )
+        if len(tokenizer) > config.vocab_size:
+            raise UserError(
+                f"model.tokenizer: it has {len(tokenizer)} tokens, {self.base} knows {config.vocab_size}; "
+                "give the model's own tokenizer"
+            )
+
     def folder(self) -> str:
         """Return the hub id or the folder that holds the weights, made on the first call where they must be."""
         if self.init == "random":

