@@ -1,10 +1,4 @@
-"""python -m dpo_lightning [verb] key=value ...
-
-    train    train what the keys describe (the default)
-    check    read configuration and rows, load no model
-    export   run_dir=RUN export.merge=true: merge a finished run's adapter into its base, into RUN/model
-    report   run_dir=RUN: write report.html and plots anew
-    compare  run_dir=RUN,RUN,...: the runs' last validations side by side
+"""The command line: python -m dpo_lightning [verb] key=value ...; conf/config.yaml's help tells of the verbs.
 
 Imports nothing heavy: a mistake in a key is told within a second.
 """
@@ -22,6 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dpo_lightning import __version__
 from dpo_lightning.cli import guard
 from dpo_lightning.cli.errors import explain, fail
 from dpo_lightning.cli.hub import prefer_cache
@@ -74,6 +69,9 @@ def judge_rows(cfg: DictConfig) -> None:
 
 def main() -> None:
     """Enter from the command line."""
+    if sys.argv[1:] in (["--version"], ["-V"]):
+        print(f"dpo_lightning {__version__}")
+        sys.exit(0)
     verb = sys.argv.pop(1) if len(sys.argv) > 1 and re.fullmatch(r"[a-z]+", sys.argv[1]) else "train"
     if verb not in VERBS:
         fail(f"unknown verb {verb}{nearest(verb, VERBS)}; there are {', '.join(VERBS)}")

@@ -339,3 +339,10 @@ def test_bad_value_is_refused(key: str) -> None:
             check(cfg)
         lines = str(refused.value).splitlines()
         assert any(line.startswith(f"{key}=") and ": must be " in line for line in lines), lines
+
+
+def test_help_and_version(cli, capsys) -> None:
+    assert cli("--version") == 0
+    assert re.fullmatch(r"dpo_lightning \d+\.\d+\.\d+\n", capsys.readouterr().out)
+    assert cli("--help") == 0
+    assert "export   run_dir=RUN export.merge=true" in capsys.readouterr().out
