@@ -27,7 +27,7 @@ from dpo_lightning.outputs.export import export
 from dpo_lightning.outputs.report import write_report
 from dpo_lightning.training import loggers
 from dpo_lightning.training.checkpoint import Checkpoints, step_of, to_resume
-from dpo_lightning.training.interrupt import Interrupt
+from dpo_lightning.training.interrupt import Interrupt, stoppable
 from dpo_lightning.training.metric_log import MetricLog
 from dpo_lightning.training.module import DPOModule
 from dpo_lightning.training.optim import resolve_lr
@@ -35,8 +35,6 @@ from dpo_lightning.training.precision import frozen_dtype, resolve_precision, st
 from dpo_lightning.training.progress import ProgressBar
 from dpo_lightning.training.summary import Summary, print_facts
 from dpo_lightning.types import UserError
-
-INTERRUPTED = 130  # exit code, the shell's for Ctrl-C
 
 for name in ("lightning.pytorch", "lightning.fabric"):
     logging.getLogger(name).setLevel(logging.WARNING)
@@ -64,8 +62,11 @@ def train(cfg: DictConfig, job: int | None = None) -> int:
         if not interrupt.requested and log.is_stale(trainer):
             trainer.validate(module, data, verbose=False)
     if trainer.is_global_zero:
-        finish(cfg, config, source, data, trainer, module, run_dir, interrupt.requested)
-    return INTERRUPTED if interrupt.requested else 0
+        if trainer.global_step:
+            finish(cfg, config, source, data, trainer, module, run_dir, interrupt.requested)
+        else:
+            print("no step was made: there is nothing to export")
+    return interrupt.exit_code
 
 
 def resolve(cfg: DictConfig) -> None:
@@ -83,8 +84,7 @@ def open_run(cfg: DictConfig, run_dir: Path, trainer: pl.Trainer, resume: Path |
     OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     jsonl = loggers.JsonlLogger(run_dir)
-    if resume is not None:
-        jsonl.rewind(step_of(resume))
+    jsonl.rewind(step_of(resume) if resume is not None else -1)
     trainer.loggers = [jsonl, *instantiate(cfg.logger)(run_dir, config)]
     return config
 
@@ -93,6 +93,9 @@ def build_data(cfg: DictConfig, source: ModelSource) -> PreferenceData:
     """Return the data, every row read and judged: before this, no model is loaded."""
     data: PreferenceData = instantiate(cfg.data)(load_tokenizer=source.load_tokenizer, seed=cfg.seed)
     data.prepare_data()
+    batches, interval = -(-len(data.train) // cfg.data.batch_size), cfg.trainer.val_check_interval
+    if isinstance(interval, int) and interval > batches:
+        raise UserError(f"trainer.val_check_interval={interval}: an epoch has {batches} batches; give at most that")
     source.check_fits(max(longest_of(data.lengths(table)) for table in (data.train, data.val)), data.tokenizer)
     return data
 
@@ -181,17 +184,32 @@ def finish(
     module: DPOModule, run_dir: Path, interrupted: bool,
 ) -> None:  # fmt: skip
     """Show what was gained, answer the sample prompts, export, report: rank 0's last work."""
-    examples = data.examples(cfg.samples.count)
     module.use_layout("padded")
     results.show_gain(run_dir)
-    if examples and not interrupted:
-        module.to(trainer.strategy.root_device)
-        with trainer.precision_plugin.forward_context():
-            answers = samples.answer(
-                module.policy, module.reference, data.tokenizer, examples, cfg.samples.max_new_tokens
-            )
-        samples.save(answers, run_dir)
-        samples.show(answers)
+    try:
+        if not interrupted:
+            show_samples(cfg, data, trainer, module, run_dir)
+    except KeyboardInterrupt:
+        print("the answers are skipped")
+    finally:  # whatever happens to the answers, the training is not lost
+        write_export(cfg, config, source, data, module, run_dir)
+
+
+def show_samples(cfg: DictConfig, data: PreferenceData, trainer: pl.Trainer, module: DPOModule, run_dir: Path) -> None:
+    """Answer the first validation prompts by reference and policy."""
+    if not (examples := data.examples(cfg.samples.count)):
+        return
+    module.to(trainer.strategy.root_device)
+    with stoppable(), trainer.precision_plugin.forward_context():
+        answers = samples.answer(module.policy, module.reference, data.tokenizer, examples, cfg.samples.max_new_tokens)
+    samples.save(answers, run_dir)
+    samples.show(answers)
+
+
+def write_export(
+    cfg: DictConfig, config: dict[str, Any], source: ModelSource, data: PreferenceData, module: DPOModule, run_dir: Path
+) -> None:
+    """Export adapter or model with its card, write the report, say where all lies."""
     card = Card(
         base=source.base, base_loaded_from=source.folder(), note=source.note, data=data.source.name,
         pairs=len(data.train), config=config, validations=results.validations(run_dir),

@@ -34,7 +34,7 @@ class Pair(NamedTuple):
     rejected: str | list[Message]
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: Lightning sets its fields when it converts tensors
 class Batch:
     """B tokenised pairs without any padding: how they are laid out for the model is the model's affair.
 

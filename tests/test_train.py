@@ -129,7 +129,8 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over(cli, tmp_path, capsys):
     assert "skipping" in capsys.readouterr().out
 
 
-def test_ctrl_c_saves_and_exports_what_there_is(tmp_path, cache):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_exports_what_there_is(number, code, tmp_path, cache):
     run = tmp_path / "run"
     words = [*TINY, "trainer.max_epochs=1000", f"run_dir={run}"]
     process = subprocess.Popen(
@@ -141,9 +142,9 @@ def test_ctrl_c_saves_and_exports_what_there_is(tmp_path, cache):
         not (run / "metrics.jsonl").exists() or "train/loss" not in (run / "metrics.jsonl").read_text()
     ):
         time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, out
+    assert process.returncode == code, out
     assert "Traceback" not in out
     assert (run / "adapter" / "adapter_model.safetensors").exists()
     (checkpoint,) = (run / "checkpoints").iterdir()
@@ -191,3 +192,28 @@ def test_validation_prompts_that_are_trained_on_are_counted(cli, tmp_path, capsy
     out = " ".join(capsys.readouterr().out.split())
     assert "180 training pairs, 180 held out" in out
     assert "180 validation pairs have a prompt that is trained on" in out
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+def test_every_accepted_precision_trains(precision, cli, metrics, tmp_path):
+    words = [word for word in TINY if not word.startswith("trainer.precision")]
+    assert cli(*words, f"trainer.precision={precision}", "trainer.max_steps=2", f"run_dir={tmp_path}") == 0
+    assert metrics(tmp_path)[1]["train/loss"] == pytest.approx(math.log(2), abs=5e-3)
+
+
+def test_text_that_looks_like_markup_is_shown_as_it_is(capsys):
+    from dpo_lightning.outputs.samples import show
+
+    show([{"prompt": "[/INST]", "reference": "[bold]a[/b]", "policy": "[red]"}])
+    out = capsys.readouterr().out
+    assert "[/INST]" in out and "[bold]a[/b]" in out and "[red]" in out
+
+
+def test_a_failure_in_the_answers_does_not_lose_the_training(cli, tmp_path, monkeypatch):
+    def fail(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dpo_lightning.outputs.samples.generate", fail)
+    run = tmp_path / "run"
+    assert cli(*TINY, "samples.count=1", "trainer.max_steps=1", f"run_dir={run}") == 0
+    assert (run / "adapter" / "adapter_model.safetensors").exists()

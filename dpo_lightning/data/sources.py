@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import itertools
 import json
+import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -98,6 +99,7 @@ class FileSource:
 
     def _csv(self, stream: BinaryIO) -> Iterator[tuple[str, dict[str, Any]]]:
         # Decoded a line at a time, so that an error knows its line; strict, so that an open quote eats no rows.
+        csv.field_size_limit(sys.maxsize)  # long answers are no error
         reader = csv.DictReader((line.decode("utf-8-sig") for line in stream), strict=True)
         try:
             for number, row in enumerate(reader, 1):

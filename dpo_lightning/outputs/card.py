@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -12,6 +13,7 @@ from typing import Any
 from dpo_lightning import __version__
 from dpo_lightning.outputs.results import ROWS
 
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 PACKAGES = ("torch", "transformers", "peft", "lightning", "datasets")
 
 CITATION = """\
@@ -104,7 +106,8 @@ class Card:
     def _what(self, is_adapter: bool) -> str:
         lora = "r" in self.config["lora"]
         kind = "A LoRA adapter of" if is_adapter else ("A LoRA adapter merged into" if lora else "All weights of")
-        text = f"{kind} [{self.base}](https://huggingface.co/{self.base}), "
+        on_hub = HUB_ID.fullmatch(self.base) and not Path(self.base).exists()
+        text = f"{kind} " + (f"[{self.base}](https://huggingface.co/{self.base}), " if on_hub else f"`{self.base}`, ")
         text += f"tuned with Direct Preference Optimization on {self.pairs} preference pairs of `{self.data}`."
         if self.note:
             text += f" {self.note}"
@@ -156,6 +159,7 @@ def merged_card(text: str, adapter: Path, model: Path) -> str:
         "AutoPeftModelForCausalLM": "AutoModelForCausalLM",
         str(adapter.absolute()): str(model.absolute()),
     }  # fmt: skip
+    text = re.sub(r"\n\nThe adapter's config names these weights.*", "", text)
     for old, new in changes.items():
         text = text.replace(old, new)
     return text

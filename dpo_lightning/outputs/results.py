@@ -39,8 +39,11 @@ def show_gain(run_dir: Path) -> None:
     if not rows:
         return
     table = Table(title="Validation", title_justify="left")
-    for name in ("", f"before (step {rows[0]['step']})", f"after (step {rows[-1]['step']})"):
-        table.add_column(name, justify="right" if name else "left")
+    shown = {f"before (step {rows[0]['step']})": rows[0]} if len(rows) > 1 else {}
+    shown[f"after (step {rows[-1]['step']})"] = rows[-1]
+    table.add_column("")
+    for name in shown:
+        table.add_column(name, justify="right")
     for key, name in ROWS.items():
-        table.add_row(name, f"{rows[0][key]:.4f}", f"{rows[-1][key]:.4f}")
+        table.add_row(name, *(f"{row[key]:.4f}" for row in shown.values()))
     Console().print(table)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 
@@ -58,5 +59,5 @@ def show(samples: list[dict[str, str]]) -> None:
     for name in ("prompt", "reference", "policy"):
         table.add_column(name, overflow="fold", ratio=1)
     for sample in samples:
-        table.add_row(sample["prompt"], sample["reference"], sample["policy"])
+        table.add_row(*(Text(sample[name]) for name in ("prompt", "reference", "policy")))  # no markup in it
     Console().print(table)

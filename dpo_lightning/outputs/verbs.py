@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from dpo_lightning.outputs.report import write_report
 from dpo_lightning.outputs.results import ROWS, validations
@@ -38,7 +39,7 @@ def compare(cfg: Mapping[str, Any]) -> int:
     table = Table(title="Last validation", title_justify="left")
     table.add_column("")
     for folder, last in zip(folders, lasts, strict=True):
-        table.add_column(f"{folder.name} (step {last.get('step', '-')})", justify="right")
+        table.add_column(Text(f"{folder.name} (step {last.get('step', '-')})"), justify="right")
     for key, name in ROWS.items():
         table.add_row(name, *(f"{last[key]:.4f}" if key in last else "-" for last in lasts))
     Console().print(table)

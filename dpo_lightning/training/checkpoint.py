@@ -82,11 +82,16 @@ def to_resume(resume: str, run_dir: Path) -> Path | None:
             )
         return folder / STATE
     found = newest(run_dir) if resume == "auto" else None
-    if found is None and (run_dir / "metrics.jsonl").exists():
+    if found is None and _has_trained(run_dir):
         raise UserError(
             f"run_dir={run_dir}: holds a run, and no checkpoint to go on from; choose another folder or remove it"
         )
     return found
+
+
+def _has_trained(run_dir: Path) -> bool:
+    metrics = run_dir / "metrics.jsonl"
+    return metrics.exists() and '"train/loss"' in metrics.read_text()
 
 
 def step_of(state: Path) -> int:

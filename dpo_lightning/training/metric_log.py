@@ -39,9 +39,16 @@ class MetricLog(pl.Callback):
         self._tokens += len(batch.ids_T) + int(batch.lengths_B3[:, 0].sum())
         step = trainer.global_step
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if step == self._logged_step or step % every:
-            return
-        self._logged_step = step
+        if step != self._logged_step and step % every == 0:
+            self._log_training(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Log the last steps of a run that ends within an interval."""
+        if trainer.global_step != self._logged_step:
+            self._log_training(trainer, pl_module)
+
+    def _log_training(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        step = self._logged_step = trainer.global_step
         metrics = pl_module.meters["train"].read("train")
         seconds = max(time.perf_counter() - self._since, 1e-9)
         metrics |= {
@@ -63,7 +70,8 @@ class MetricLog(pl.Callback):
 
     def is_stale(self, trainer: pl.Trainer) -> bool:
         """Return whether the weights have changed since the last validation; never where validation is off."""
-        return bool(self.validations) and self.validations[-1]["step"] != trainer.global_step
+        measured = self.validations[-1]["step"] if self.validations else None
+        return bool(trainer.limit_val_batches) and measured != trainer.global_step  # type: ignore[attr-defined]
 
     def _log(self, trainer: pl.Trainer, metrics: dict[str, float], step: int) -> None:
         self.latest |= metrics
