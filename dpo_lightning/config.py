@@ -241,7 +241,8 @@ def _taken_folder(cfg: DictConfig) -> Iterator[str]:
     if not there.is_dir() or not os.access(there, os.W_OK):
         yield f"run_dir={folder}: {there} is not a folder that may be written; choose another"
     resumable = cfg.resume != "never" and (cfg.resume != "auto" or any((folder / "checkpoints").glob("step-*")))
-    if cfg.run_dir and not resumable and (folder / "metrics.jsonl").exists():
+    metrics = folder / "metrics.jsonl"
+    if cfg.run_dir and not resumable and metrics.exists() and '"train/loss"' in metrics.read_text():
         yield f"run_dir={folder}: holds a run, and no checkpoint to go on from; choose another folder or remove it"
 
 

@@ -32,7 +32,7 @@ FILES = {
     "broken.jsonl": ROWS + '{"prompt": "Why?", "chosen"\n',
     "equal.jsonl": json.dumps({**ROW, "chosen": "No."}) + "\n",
     "rows.txt": ROWS,
-    "old/metrics.jsonl": "{}\n",
+    "old/metrics.jsonl": '{"step": 1, "train/loss": 0.69}\n',
     "own/loss/stranger.yaml": "_target_: os.system\ncommand: touch TMP/pwned\n",
     "own/callbacks/stranger.yaml": "x:\n  _target_: pathlib.Path.unlink\n  self: TMP/victim\n",
     "own/loss/mine.yaml": "_target_: my_package.loss\n_partial_: true\nbeta: 0.1\n",

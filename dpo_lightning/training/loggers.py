@@ -41,7 +41,9 @@ class JsonlLogger(Logger):
 
     def rewind(self, step: int) -> None:
         """Drop what was logged after `step`: a run resumed there logs it again."""
-        rows = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+        if not self.path.exists():
+            return
+        rows = self.path.read_text().splitlines(keepends=True)
         kept = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= step]
         scratch = self.path.with_suffix(".tmp")
         scratch.write_text("".join(kept))
