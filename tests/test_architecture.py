@@ -29,7 +29,7 @@ MAY_USE = {
     "training": {"types", "data", "objective", "model"},
     "outputs": {"types", "data", "model"},
     "train": {"types", "config", "data", "objective", "model", "training", "outputs"},
-    "__main__": {"types", "keys", "config", "cli", "data", "outputs", "train"},
+    "__main__": {"types", "keys", "config", "cli", "data", "training", "outputs", "train"},
 }
 VERBS = r"(train|config|__main__|cli/\w+)\.py"
 # package of others: the files that may import it

@@ -106,6 +106,7 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "broken JSON": (["data=jsonl", "data.path=TMP/broken.jsonl"], ["broken.jsonl line 3: not JSON", "mend or remove"]),
     "path and name": (["data.name=a/b"], ["data.path=shipped:explainer and data.name=a/b", "give one of them"]),
     "checkpoint absent": (["resume=TMP/no"], ["resume=TMP/no: no such checkpoint", "auto or never"]),
+    "not a checkpoint": (["resume=TMP/own"], ["resume=TMP/own: not a whole checkpoint", "give a folder like"]),
     "run folder taken": (["run_dir=TMP/old"], ["run_dir=TMP/old: holds a run", "choose another folder"]),
     "run folder is a file": (["run_dir=TMP/victim/x"], ["run_dir=TMP/victim/x", "choose another"]),
     "no adapter to turn off": (["lora=none", "reference=adapter_off"], ["reference=adapter_off", "lora=r16"]),
@@ -245,7 +246,6 @@ def test_verbs_on_finished_runs(verb: str, folder: Path, main: Main) -> None:
         ["experiment=hydra_callback", "trusted_targets=[builtins.dict]", "hydra.callbacks.x._target_=builtins.dict"],
         ["~callbacks.progress"],
         ["+trainer.max_time='00:01:00:00'"],
-        ["resume=TMP/own", "run_dir=TMP/old"],
     ],
     ids=" ".join,
 )
@@ -347,3 +347,12 @@ def test_help_and_version(cli, capsys) -> None:
     assert re.fullmatch(r"dpo_lightning \d+\.\d+\.\d+\n", capsys.readouterr().out)
     assert cli("--help") == 0
     assert "export   run_dir=RUN export.merge=true" in capsys.readouterr().out
+
+
+def test_ctrl_c_before_the_training_is_no_traceback(cli, capsys, monkeypatch) -> None:
+    def interrupted(cfg: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dpo_lightning.__main__.check", interrupted)
+    assert cli("model=tiny") == 130
+    assert capsys.readouterr().err == ""

@@ -217,3 +217,63 @@ def test_a_failure_in_the_answers_does_not_lose_the_training(cli, tmp_path, monk
     run = tmp_path / "run"
     assert cli(*TINY, "samples.count=1", "trainer.max_steps=1", f"run_dir={run}") == 0
     assert (run / "adapter" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "first_loss"),
+    [
+        (["loss=sigmoid", "reference=frozen_copy"], math.log(2)),
+        (["loss=robust"], math.log(2)),
+        (["loss=ipo", "loss.beta=0.2"], 1 / 0.4**2),
+        (["loss=hinge"], 1.0),
+    ],
+)
+def test_the_loss_and_reference_that_are_named_are_the_ones_that_run(words, first_loss, cli, metrics, tmp_path, capsys):
+    assert cli(*TINY, *words, "trainer.max_steps=1", f"run_dir={tmp_path}") == 0
+    assert metrics(tmp_path)[1]["train/loss"] == pytest.approx(first_loss, abs=1e-5)
+    reference = "frozen_copy" if "reference=frozen_copy" in words else "adapter_off"
+    assert re.search(rf"reference +{reference}", capsys.readouterr().out)
+
+
+def test_resume_takes_a_path_and_never_starts_anew(cli, metrics, tmp_path, capsys):
+    run, branch = tmp_path / "run", tmp_path / "branch"
+    assert cli(*RESUMABLE, "trainer.max_steps=5", f"run_dir={run}") == 0
+    state = run / "checkpoints" / "step-00000004"
+    assert cli(*RESUMABLE, f"resume={state}", "trainer.max_steps=6", f"run_dir={branch}") == 0
+    assert "resumed from step 4" in " ".join(capsys.readouterr().out.split())
+    assert [row["step"] for row in metrics(branch) if "train/loss" in row] == [5, 6]
+    assert cli(*RESUMABLE, "resume=never", f"run_dir={run}") == 2
+    assert "holds a run" in capsys.readouterr().err
+
+
+def test_a_run_stopped_before_its_first_step_can_be_started_again(cli, metrics, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text('{"step": 0, "val/loss": 0.69}\n')
+    assert cli(*TINY, "trainer.max_steps=1", f"run_dir={run}") == 0
+    assert [row["step"] for row in metrics(run)] == [0, 1, 1]
+
+
+def test_the_last_steps_are_logged_and_validated_whatever_the_intervals(cli, metrics, tmp_path):
+    words = ["trainer.log_every_n_steps=2", "trainer.num_sanity_val_steps=0", "trainer.max_steps=3"]
+    assert cli(*TINY, *words, f"run_dir={tmp_path}") == 0
+    rows = metrics(tmp_path)
+    assert [row["step"] for row in rows if "train/loss" in row] == [2, 3]
+    assert [row["step"] for row in rows if "val/loss" in row] == [3]
+
+
+def test_the_card_tells_what_was_done(cli, tmp_path):
+    words = ["export.hub_id=somebody/plain-talker", "data.batch_size=4", "trainer.accumulate_grad_batches=2"]
+    assert cli(*TINY, *words, "data.template=plain", "trainer.max_steps=2", f"run_dir={tmp_path}") == 0
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert "# plain-talker" in card and 'from_pretrained("somebody/plain-talker")' in card
+    assert "| pairs per step | 8 |" in card and "| steps | 2 |" in card
+    assert "apply_chat_template" not in card and "huggingface.co/tiny" not in card
+
+
+def test_messages_are_a_chat_whatever_the_template_of_text(cli, tmp_path, capsys):
+    rows = [{"prompt": [{"role": "user", "content": f"Q{i}"}], "chosen": "yes", "rejected": "no"} for i in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["data=jsonl", f"data.path={tmp_path / 'rows.jsonl'}", "data.template=plain"]
+    assert cli("check", "model=tiny", *words) == 0
+    assert "held out, chat template" in " ".join(capsys.readouterr().out.split())

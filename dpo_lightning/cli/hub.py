@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import urllib.error
 import urllib.request
@@ -17,14 +18,17 @@ def prefer_cache(cfg: DictConfig) -> None:
 
     Must run before huggingface_hub is imported, which reads the switch at import.
     """
-    model_is_local = cfg.model.init == "random" or cfg.model.name.startswith("wheel:") or Path(cfg.model.name).is_dir()
-    if (model_is_local and cfg.data.name is None) or os.environ.get("HF_HUB_OFFLINE"):
+    weights = None if cfg.model.init == "random" or cfg.model.name.startswith("wheel:") else cfg.model.name
+    tokenizer = None if cfg.model.tokenizer == "bytes" else cfg.model.tokenizer
+    if (
+        all(name is None or Path(name).is_dir() for name in (weights, tokenizer)) and cfg.data.name is None
+    ) or os.environ.get("HF_HUB_OFFLINE"):
         return
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     try:
         urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=TIMEOUT_S).close()
     except urllib.error.HTTPError:
         return  # it answered
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         print(f"{endpoint} cannot be reached ({error}): using what lies in the local cache alone")
         os.environ["HF_HUB_OFFLINE"] = "1"

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from dpo_lightning.data.batches import PairTable, TrainingOrder, ValidationOrder
 from dpo_lightning.data.prepare import Census, prepare, split, validate
 from dpo_lightning.data.sources import FileSource, HubSource, Source
+from dpo_lightning.data.tokenize import use_chat
 from dpo_lightning.types import Batch, UserError
 
 
@@ -32,28 +33,16 @@ class PreferenceData(pl.LightningDataModule):
     """
 
     def __init__(
-        self, *, load_tokenizer: Callable[[], Any], seed: int, max_length: int, batch_size: int,
-        path: str | None = None,
-        val_path: str | None = None, name: str | None = None, subset: str | None = None, split: str = "train",
-        val_split: str | None = None, val_fraction: float = 0.15, max_pairs: int | None = None,
-        template: str = "auto", shuffle: bool = True,
-        layout: str = "auto",
+        self, *, load_tokenizer: Callable[[], Any], seed: int, max_length: int, batch_size: int, val_fraction: float,
+        path: str | None = None, val_path: str | None = None, name: str | None = None, subset: str | None = None,
+        split: str = "train", val_split: str | None = None, max_pairs: int | None = None, template: str = "auto",
+        shuffle: bool = True, layout: str = "auto",
     ):  # fmt: skip
         super().__init__()
         self.source, self.val_source = sources(path, val_path, name, subset, split, val_split)
-        self.load_tokenizer, self.seed, self.max_length, self.batch_size = (
-            load_tokenizer,
-            seed,
-            max_length,
-            batch_size,
-        )
-        self.val_fraction, self.max_pairs, self.template, self.shuffle = (
-            val_fraction,
-            max_pairs,
-            template,
-            shuffle,
-        )
-        self.tokenizer: Any = None
+        self.load_tokenizer, self.seed, self.shuffle = load_tokenizer, seed, shuffle
+        self.max_length, self.max_pairs, self.template = max_length, max_pairs, template
+        self.batch_size, self.val_fraction = batch_size, val_fraction
         self.layout = layout
         self.position: tuple[int, int] = (0, 0)  # epoch and pairs of it that are done
         self.train: Any = None
@@ -97,6 +86,11 @@ class PreferenceData(pl.LightningDataModule):
     def examples(self, count: int) -> list[dict[str, Any]]:
         """Return the first held-out rows: prompt as token ids, question as text."""
         return [self.val[row] for row in range(min(count, len(self.val)))]
+
+    def is_chat(self) -> bool:
+        """Return whether the pairs went through the chat template: messages always do, text where `template` says."""
+        assert self.census is not None
+        return self.census.conversations > 0 or use_chat(self.tokenizer, self.template)
 
     def shared_prompts(self) -> int:
         """Return how many validation pairs have a prompt that is trained on: 0 unless validation data were given."""

@@ -22,7 +22,7 @@ from dpo_lightning.data.sources import Source
 from dpo_lightning.data.tokenize import tokenize_pairs
 from dpo_lightning.types import Pair, UserError
 
-VERSION = 3  # part of the key: raise it when the same rows would give other ids
+VERSION = 4  # part of the key: raise it when the same rows would give other ids
 TOKENIZER_BATCH = 1000
 SIDES = ("prompt", "chosen", "rejected")
 SHOWN = 5  # bad rows that are named before the rest is counted
@@ -35,6 +35,7 @@ class Census:
     rows: int = 0
     pairs: int = 0
     truncated: int = 0
+    conversations: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
 
     def skip(self, reason: str) -> None:
@@ -133,6 +134,7 @@ def _tokenized(job: _Job) -> Iterator[dict[str, Any]]:
                 continue
             census.pairs += 1
             census.truncated += tokens.truncated
+            census.conversations += not isinstance(pair.prompt, str)
             ids = {side: np.array(ids, np.int32) for side, ids in zip(SIDES, tokens[:3], strict=True)}
             lengths = [len(row) for row in tokens[:3]]
             yield {**ids, "lengths": lengths, "prompt_key": _prompt_key(pair), "question": _question(pair)}

@@ -65,19 +65,21 @@ class ModelSource:
 
     def load(self, dtype: torch.dtype) -> torch.nn.Module:
         """Return the model in `dtype`, in training mode, its own dropout off, so that policy equals reference."""
-        folder = self.folder()
-        config = _reachable(folder, AutoConfig.from_pretrained)
-        silenced = _dropout_fields(config)
-        model = _reachable(folder, AutoModelForCausalLM.from_pretrained, dtype=dtype, **dict.fromkeys(silenced, 0.0))
+        silenced = dict.fromkeys(_dropout_fields(self.config()), 0.0)
+        model = _reachable(self.folder(), AutoModelForCausalLM.from_pretrained, dtype=dtype, **silenced)
         model.config.use_cache = False
         if self.gradient_checkpointing:
             checkpoint_activations(model)
         # from_pretrained gives eval mode, in which gradient checkpointing and LoRA dropout are silently off.
         return model.train()
 
+    def config(self) -> Any:
+        """Return the transformers config; of random weights without making them."""
+        return self._random_config() if self.init == "random" else _reachable(self.folder(), AutoConfig.from_pretrained)
+
     def check_fits(self, longest: int, tokenizer: Any) -> None:
         """Raise UserError if a sequence of `longest` tokens, or a token, is beyond what the model was made for."""
-        config = _reachable(self.folder(), AutoConfig.from_pretrained).get_text_config()
+        config = self.config().get_text_config()
         positions = getattr(config, "max_position_embeddings", None)
         if positions is not None and longest > positions:
             raise UserError(
@@ -101,21 +103,25 @@ class ModelSource:
             return str(_made(self.cache / f"{file.stem}-float32", lambda folder: write_gguf(file, folder)))
         return str(Path(self.name).absolute()) if Path(self.name).is_dir() else self.name
 
-    def _write_random(self, folder: Path) -> None:
+    def _random_config(self) -> Any:
         assert self.architecture is not None, "config.check demands an architecture"
-        tokenizer = self.load_tokenizer()
         if self.architecture not in CONFIG_MAPPING:
             raise UserError(f"model.architecture={self.architecture}: transformers knows no such model_type")
+        tokenizer = self.load_tokenizer()
         ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
         config = CONFIG_MAPPING[self.architecture](**{"vocab_size": len(tokenizer), **ids, **self.dimensions})
         unknown = [key for key in self.dimensions if key not in type(config)().to_dict()]
         if unknown:
             raise UserError(f"model.dimensions: {self.architecture} has no field {', '.join(unknown)}")
+        return config
+
+    def _write_random(self, folder: Path) -> None:
+        config = self._random_config()
         with torch.random.fork_rng():
             torch.manual_seed(0)
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        self.load_tokenizer().save_pretrained(folder)
 
 
 def checkpoint_activations(model: Any) -> None:

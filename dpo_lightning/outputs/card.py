@@ -64,6 +64,8 @@ class Card:
     note: str | None
     data: str
     pairs: int
+    steps: int
+    devices: int
     config: Mapping[str, Any]
     validations: Sequence[Mapping[str, float]]
     question: str
@@ -128,8 +130,8 @@ class Card:
             "loss": f"{c['loss']['_target_'].rsplit('.', 1)[-1]}, "
             + ", ".join(f"{k} {v}" for k, v in c["loss"].items() if not k.startswith("_")),
             "learning rate": f"{c['optim']['lr']}, {c['optim']['schedule']}, warm-up {c['optim']['warmup_fraction']}",
-            "pairs per step": c["data"]["batch_size"] * c["trainer"]["accumulate_grad_batches"],
-            "epochs": c["trainer"]["max_epochs"],
+            "pairs per step": c["data"]["batch_size"] * c["trainer"]["accumulate_grad_batches"] * self.devices,
+            "steps": self.steps,
             "max_length": c["data"]["max_length"],
             "gradient clipping": c["trainer"]["gradient_clip_val"],
             "weight decay": c["optim"]["weight_decay"],

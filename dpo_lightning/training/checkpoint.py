@@ -1,8 +1,10 @@
-"""Checkpoints: a folder written aside, every file fsynced, a manifest of sha256 last, published by one rename."""
+"""Checkpoints: a folder written aside, every file fsynced, a manifest of sha256 last, published by one rename.
+
+`training/resume.py` reads them.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -12,9 +14,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from dpo_lightning.training.interrupt import Interrupt
-from dpo_lightning.types import UserError
-
-STATE, MANIFEST = "state.ckpt", "manifest.json"
+from dpo_lightning.training.resume import MANIFEST, STATE, digest
 
 
 class Checkpoints(pl.Callback):
@@ -47,61 +47,11 @@ def save(trainer: pl.Trainer, folder: Path) -> None:
     trainer.save_checkpoint(scratch / STATE)
     _sync(scratch / STATE)
     manifest = scratch / MANIFEST
-    manifest.write_text(json.dumps({STATE: _digest(scratch / STATE)}))
+    manifest.write_text(json.dumps({STATE: digest(scratch / STATE)}))
     _sync(manifest)
     _sync(scratch)
     scratch.rename(folder)
     _sync(folder.parent)
-
-
-def newest(run_dir: Path) -> Path | None:
-    """Return the state file of the newest checkpoint whose files are whole, or None where there is none."""
-    for folder in sorted((run_dir / "checkpoints").glob("step-*"), reverse=True):
-        if is_whole(folder):
-            return folder / STATE
-        print(f"skipping {folder}: it does not match its manifest")
-    return None
-
-
-def is_whole(folder: Path) -> bool:
-    """Return whether every file is there, with the content its manifest names."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        return all(_digest(folder / name) == digest for name, digest in manifest.items())
-    except (OSError, ValueError):
-        return False
-
-
-def to_resume(resume: str, run_dir: Path) -> Path | None:
-    """Return the state file that `resume` names, or None to start anew; never overwrite a run."""
-    if resume not in ("auto", "never"):
-        folder = Path(resume)
-        if not is_whole(folder):
-            raise UserError(
-                f"resume={resume}: not a whole checkpoint; give a folder like RUN_DIR/checkpoints/step-00000012"
-            )
-        return folder / STATE
-    found = newest(run_dir) if resume == "auto" else None
-    if found is None and _has_trained(run_dir):
-        raise UserError(
-            f"run_dir={run_dir}: holds a run, and no checkpoint to go on from; choose another folder or remove it"
-        )
-    return found
-
-
-def _has_trained(run_dir: Path) -> bool:
-    metrics = run_dir / "metrics.jsonl"
-    return metrics.exists() and '"train/loss"' in metrics.read_text()
-
-
-def step_of(state: Path) -> int:
-    """Return the step that a checkpoint's state file was saved at."""
-    return int(state.parent.name.removeprefix("step-"))
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

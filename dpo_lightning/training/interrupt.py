@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+NOTE = b"\nstopping at the end of this step, then saving; Ctrl-C again kills\n"
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -45,7 +47,7 @@ class Interrupt(pl.Callback):
             signal.signal(number, self._request)
 
     def _request(self, number: int, frame: Any) -> None:
-        print("\nstopping at the end of this step, then saving; Ctrl-C again kills", flush=True)
+        os.write(2, NOTE)  # print may be what the signal has interrupted, and cannot be entered twice
         self.signal = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -60,7 +62,7 @@ class Interrupt(pl.Callback):
             self._take()
 
     def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Leave a validation early."""
+        """Begin no training after the validation before it."""
         if self.requested:
             trainer.should_stop = True
 

@@ -39,6 +39,7 @@ class JsonlLogger(Logger):
         with self.path.open("a") as stream:
             stream.write(json.dumps({"step": step, **metrics}) + "\n")
 
+    @rank_zero_only
     def rewind(self, step: int) -> None:
         """Drop what was logged after `step`: a run resumed there logs it again."""
         if not self.path.exists():

@@ -6,11 +6,9 @@ from typing import Any
 
 
 def build_strategy(*, name: str) -> Any:
-    """Return Lightning's strategy: auto lets it choose between one device and DDP."""
+    """Return Lightning's strategy: auto is none on one device and DDP on several."""
     if name == "ddp":
         from lightning.pytorch.strategies import DDPStrategy
 
         return DDPStrategy(gradient_as_bucket_view=True)
-    if name == "single":
-        return "auto"
-    return name
+    return "auto"

