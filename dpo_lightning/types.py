@@ -42,12 +42,14 @@ class Batch:
     lengths_B3: number of tokens of prompt, chosen and rejected of each pair; int64, all on the CPU
     rows_B:     index of each pair in its data set; int64, on the CPU
     step_pairs: number of pairs that the optimizer step this batch belongs to averages over
+    opening:    number of leading tokens that all prompts have in common, less than the shortest prompt
     """
 
     ids_T: Tensor
     lengths_B3: Tensor
     rows_B: Tensor
     step_pairs: int
+    opening: int = 0
 
     def __len__(self) -> int:
         """Return the number of pairs."""

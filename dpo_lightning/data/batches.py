@@ -50,7 +50,21 @@ def collate(pairs: Sequence[dict[str, Sequence[int]]], micro: MicroBatch) -> Bat
         lengths_B3=torch.tensor([[len(ids) for ids in row] for row in parts]),
         rows_B=torch.tensor(micro.rows),
         step_pairs=micro.step_pairs,
+        opening=opening_of([pair["prompt"] for pair in pairs]),
     )
+
+
+def opening_of(prompts: Sequence[Sequence[int]]) -> int:
+    """Return how many first tokens all prompts have in common, leaving each its last token.
+
+    >>> opening_of([[1, 2, 3, 4], [1, 2, 5]]), opening_of([[1, 2]]), opening_of([[1, 2], [1, 2]])
+    (2, 0, 1)
+    """
+    if len(prompts) == 1:
+        return 0
+    most = min(len(prompt) for prompt in prompts) - 1
+    first, rest = prompts[0], prompts[1:]
+    return next((i for i in range(most) if any(prompt[i] != first[i] for prompt in rest)), most)
 
 
 class TrainingOrder(Sampler[MicroBatch]):

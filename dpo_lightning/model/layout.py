@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dpo_lightning.model import shared_prefix
+from dpo_lightning.model import attention
 from dpo_lightning.model.logps import base_of, pair_logps, plain_logps
 from dpo_lightning.types import Batch, UserError
 
@@ -86,4 +86,4 @@ def set_layout(model: Any, layout: str) -> None:
     if not hasattr(base, "dpo_stock_attention"):
         base.dpo_stock_attention = base.config._attn_implementation
     base.dpo_layout = layout
-    base.set_attn_implementation(shared_prefix.NAME if layout == "shared" else base.dpo_stock_attention)
+    base.set_attn_implementation(attention.NAME if layout == "shared" else base.dpo_stock_attention)

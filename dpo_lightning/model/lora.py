@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from dpo_lightning.model.lora_linear import LoraLinear
 from dpo_lightning.types import UserError
 
 
@@ -27,6 +28,7 @@ def add_lora(
         target_modules=targets,
         task_type=TaskType.CAUSAL_LM,
     )
+    config._register_custom_module({torch.nn.Linear: LoraLinear})
     try:
         return get_peft_model(model, config).train()
     except ValueError as error:

@@ -1,0 +1,228 @@
+"""Attention within segments of a packed row: which keys each query sees, and three ways to compute it.
+
+On CUDA one variable-length call of flash-attn where it is installed, else PyTorch's fused attention segment by
+segment. On the CPU batched matrix products, block by block: at the lengths of preference pairs the fused CPU kernel
+reaches a sixth of the matrix products' speed (docs/performance.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.modeling_utils import AttentionInterface
+
+NAME = "dpo_shared_prefix"
+BLOCK = 256  # queries of a segment at a time: bounds the scores kept, and skips keys that lie ahead
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Which keys each query sees: segment i's queries are ends_q[i]:ends_q[i+1] of the row, its keys ends_k[i]:...
+
+    of the gathered keys row[keys_K]. Within a segment, query j sees the keys up to j + (keys - queries).
+    """
+
+    ends_q: list[int]
+    ends_k: list[int]
+    keys_K: Tensor
+    masks: dict[Any, Tensor] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[tuple[slice, slice]]:
+        """Yield each segment's queries in the row and keys in the gathered keys."""
+        for (a, b), (c, d) in zip(pairwise(self.ends_q), pairwise(self.ends_k), strict=True):
+            yield slice(a, b), slice(c, d)
+
+    def mask(self, queries: int, keys: int, window: int | None) -> Tensor:
+        """Return which keys each query sees, bool (queries, keys); `window` is the number of keys in sight."""
+        key = (queries, keys, window)
+        if key not in self.masks:
+            ones = torch.ones(queries, keys, dtype=torch.bool, device=self.keys_K.device)
+            seen = ones.tril(keys - queries)
+            self.masks[key] = seen if window is None else seen.triu(keys - queries - window + 1)
+        return self.masks[key]
+
+    def bias(self, block: Block, rule: ScoreRule) -> Tensor:
+        """Return what is added to the scores of a block's last keys: 0 where a key is seen, else -inf."""
+        queries, keys = block.rows.stop - block.rows.start, block.keys.stop - block.keys.start
+        if rule.window is None:
+            keys = queries  # all see the keys before
+        key = (queries, keys, rule.window, "bias")
+        if key not in self.masks:
+            seen = self.mask(queries, keys, rule.window)
+            self.masks[key] = torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, -torch.inf)
+        return self.masks[key]
+
+    @cached_property
+    def varlen(self) -> dict[str, Any]:
+        """Return the arguments of one variable-length flash-attention call."""
+        ends = [torch.tensor(e, dtype=torch.int32, device=self.keys_K.device) for e in (self.ends_q, self.ends_k)]
+        longest = [max(b - a for a, b in pairwise(e)) for e in (self.ends_q, self.ends_k)]
+        return {
+            "cu_seqlens_q": ends[0], "cu_seqlens_k": ends[1], "max_seqlen_q": longest[0], "max_seqlen_k": longest[1],
+        }  # fmt: skip
+
+
+class ScoreRule(NamedTuple):
+    """What becomes of q k^T before the softmax: times `scale`, then `cap` tanh(s / cap), then the window."""
+
+    scale: float
+    window: int | None
+    cap: float | None
+
+
+class Block(NamedTuple):
+    """Queries `rows` of the row and the gathered keys `keys` that at least one of them sees."""
+
+    rows: slice
+    keys: slice
+
+
+def blocks(segments: Segments, window: int | None) -> Iterator[Block]:
+    """Yield every segment's blocks of queries, in order."""
+    for q, k in segments:
+        ahead = (k.stop - k.start) - (q.stop - q.start)  # keys that the segment's first query sees besides its own
+        for a in range(q.start, q.stop, BLOCK):
+            b = min(a + BLOCK, q.stop)
+            first = 0 if window is None else max(0, ahead + a - q.start - window + 1)
+            yield Block(slice(a, b), slice(k.start + first, k.start + ahead + b - q.start))
+
+
+class BlockAttention(torch.autograd.Function):
+    """Attention by batched matrix products; the scores of a block are recomputed in the backward pass.
+
+    query (T, heads, d), key and value (K, kv heads, d), the keys gathered; returns (T, heads, d).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: Segments, rule: ScoreRule
+    ) -> Tensor:  # fmt: skip
+        """Go through the blocks; keep the inputs alone."""
+        ctx.save_for_backward(query, key, value)
+        ctx.segments, ctx.rule = segments, rule
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        for block in blocks(segments, rule.window):
+            q, k, v = _block(query, key, value, block)
+            probs, _ = _probs(q, k, segments.bias(block, rule), rule)
+            _ungroup(probs @ v, out[block.rows])
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """Add up the gradients of keys and values over the blocks that see them, in float32."""
+        query, key, value = ctx.saved_tensors
+        segments, rule = ctx.segments, ctx.rule
+        grad_q = torch.empty_like(query, memory_format=torch.contiguous_format)
+        grad_k, grad_v = (torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (key, value))
+        for block in blocks(segments, rule.window):
+            q, k, v = _block(query, key, value, block)
+            probs, slope = _probs(q, k, segments.bias(block, rule), rule)
+            g = _group(grad[block.rows], k.shape[0])
+            grad_v[block.keys] += (probs.mT @ g).transpose(0, 1)
+            scores = torch._softmax_backward_data(g @ v.mT, probs, -1, probs.dtype)
+            scores = scores.mul_(rule.scale) if slope is None else scores.mul_(slope)
+            _ungroup(scores @ k, grad_q[block.rows])
+            grad_k[block.keys] += (scores.mT @ q).transpose(0, 1)
+        return grad_q, grad_k.to(key.dtype), grad_v.to(value.dtype), None, None
+
+
+def _group(x: Tensor, kv_heads: int) -> Tensor:
+    """Put the heads that share keys into one matrix: (queries, heads, d) -> (kv heads, group * queries, d)."""
+    queries, heads, d = x.shape
+    return x.view(queries, kv_heads, heads // kv_heads, d).permute(1, 2, 0, 3).reshape(kv_heads, -1, d)
+
+
+def _ungroup(x: Tensor, out: Tensor) -> None:
+    """Write the inverse of `_group` into `out`."""
+    queries, heads, d = out.shape
+    kv_heads = x.shape[0]
+    out.view(queries, kv_heads, heads // kv_heads, d).copy_(
+        x.view(kv_heads, heads // kv_heads, queries, d).permute(2, 0, 1, 3)
+    )
+
+
+def _block(query: Tensor, key: Tensor, value: Tensor, block: Block) -> tuple[Tensor, Tensor, Tensor]:
+    k, v = key[block.keys].transpose(0, 1), value[block.keys].transpose(0, 1)
+    return _group(query[block.rows], k.shape[0]), k, v
+
+
+def _probs(q: Tensor, k: Tensor, bias: Tensor, rule: ScoreRule) -> tuple[Tensor, Tensor | None]:
+    """Return the attention weights, and d score / d (q k^T) where a cap makes it more than the scale.
+
+    The scores are float32: rounded to bfloat16 they would cost three times the error of all other roundings.
+    """
+    slope, exact = None, torch.promote_types(q.dtype, torch.float32)
+    scores = torch.baddbmm(q.new_empty(1, dtype=exact), q.to(exact), k.to(exact).mT, beta=0, alpha=rule.scale)
+    if rule.cap is not None:
+        bent = scores.div_(rule.cap).tanh_()
+        slope = (1 - bent.square()).mul_(rule.scale).to(q.dtype)
+        scores = bent.mul_(rule.cap)
+    scores.view(len(q), -1, len(bias), scores.shape[2])[..., -bias.shape[1] :].add_(bias)
+    return scores.softmax(-1).to(q.dtype), slope
+
+
+def attend(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, segments: Segments,
+    scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
+    softcap: float | None = None, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Attend within segments: query (1, heads, T, d), key and value (1, kv heads, T, d) -> (1, T, heads, d).
+
+    The signature is transformers' attention interface; `segments` arrives through the model call's keywords.
+    """
+    assert not dropout, "attention dropout is off in every model this project loads"
+    # A layer of Gemma or Mistral without a window says None; some say it in the module alone.
+    rule = ScoreRule(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    k, v = (x.index_select(0, segments.keys_K) for x in (k, v))
+    if query.is_cuda and (flash := _flash_attention(query.dtype)) is not None:
+        window = (-1, -1) if sliding_window is None else (sliding_window - 1, 0)
+        out = flash(
+            q, k, v, **segments.varlen, softmax_scale=rule.scale, causal=True, window_size=window,
+            softcap=softcap or 0.0,
+        )  # fmt: skip
+    elif query.is_cuda and softcap is None:
+        out = fused(q, k, v, segments, rule)
+    else:
+        out = BlockAttention.apply(q, k, v, segments, rule)
+    return out[None], None
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor, segments: Segments, rule: ScoreRule) -> Tensor:
+    """Attend segment by segment with PyTorch's fused kernels; shapes as in `BlockAttention`."""
+    parts = []
+    for rows, keys in segments:
+        one = [x[None].transpose(1, 2) for x in (q[rows], k[keys], v[keys])]
+        queries, seen = one[0].shape[2], one[1].shape[2]
+        window = None if rule.window is None or rule.window >= seen else rule.window
+        plain = queries == seen and window is None
+        parts.append(
+            F.scaled_dot_product_attention(
+                *one, attn_mask=None if plain else segments.mask(queries, seen, window), is_causal=plain,
+                scale=rule.scale, enable_gqa=q.shape[1] != k.shape[1],
+            )[0].transpose(0, 1)
+        )  # fmt: skip
+    return torch.cat(parts)
+
+
+def _flash_attention(dtype: torch.dtype) -> Any:
+    """Return flash-attn's variable-length function where it is installed and takes `dtype`, else None."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return None
+    try:
+        from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
+    except ImportError:
+        return None
+    return flash_attn_varlen_func
+
+
+# No mask function is registered under this name, so transformers builds no mask; it would read the restarting
+# positions as packed documents and hide the prompt from the rejected branch.
+AttentionInterface.register(NAME, attend)

@@ -1,0 +1,121 @@
+"""Attention within segments, against the definition: softmax of masked scores, one sequence at a time."""
+
+import pytest
+import torch
+
+from dpo_lightning.model import attention
+from dpo_lightning.model.attention import BlockAttention, ScoreRule, attend, fused
+from dpo_lightning.model.shared_prefix import plan
+
+LENGTHS = torch.tensor([[11, 5, 9], [6, 12, 3], [4, 1, 1]])
+RULES = [(None, None), (6, None), (None, 2.0), (3, 2.0)]
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(attention, "BLOCK", 4)
+
+
+def inputs(opening, heads=4, kv_heads=2, d=8, dtype=torch.float32):
+    torch.manual_seed(0)
+    row = plan(LENGTHS, opening, torch.device("cpu"))
+    make = [torch.randn(len(row.tokens_T), n, d, dtype=dtype).requires_grad_() for n in (heads, kv_heads, kv_heads)]
+    return row, make, torch.randn(len(row.tokens_T), heads, d, dtype=dtype)
+
+
+def by_definition(row, q, k, v, rule):
+    """Each query sees the row's tokens of its own pair that its sequence holds, itself the last."""
+    out = []
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    for rows, keys in row.segments:
+        seen = row.segments.keys_K[keys]
+        for place in range(rows.start, rows.stop):
+            upto = seen[row.positions_T[seen] <= row.positions_T[place]]
+            if rule.window is not None:
+                upto = upto[row.positions_T[upto] > row.positions_T[place] - rule.window]
+            scores = torch.einsum("hd,khd->hk", q[place], k[upto]) * rule.scale
+            if rule.cap is not None:
+                scores = rule.cap * torch.tanh(scores / rule.cap)
+            out.append(torch.einsum("hk,khd->hd", scores.softmax(-1), v[upto]))
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("opening", [0, 3])
+@pytest.mark.parametrize(("window", "cap"), RULES)
+def test_blocks_equal_the_definition(window, cap, opening):
+    row, (q, k, v), g = inputs(opening)
+    rule = ScoreRule(0.3, window, cap)
+    expected = by_definition(row, q, k, v, rule)
+    out = BlockAttention.apply(q, k[row.segments.keys_K], v[row.segments.keys_K], row.segments, rule)
+    torch.testing.assert_close(out, expected, atol=2e-6, rtol=0)
+    ours, theirs = (torch.autograd.grad(o, (q, k, v), g, retain_graph=True) for o in (out, expected))
+    torch.testing.assert_close(ours, theirs, atol=5e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("window", "cap"), RULES[:2])
+def test_the_fused_way_of_cuda_equals_the_definition(window, cap):
+    row, (q, k, v), _ = inputs(3)
+    rule = ScoreRule(0.3, window, cap)
+    out = fused(q, k[row.segments.keys_K], v[row.segments.keys_K], row.segments, rule)
+    torch.testing.assert_close(out, by_definition(row, q, k, v, rule), atol=2e-6, rtol=0)
+
+
+def test_the_variable_length_call_of_flash_attention_gets_the_same_segments():
+    """flash-attn's contract (causal, ends aligned) in its own argument names; no GPU here runs the real one."""
+    row, (q, k, v), _ = inputs(3)
+
+    def flash(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size,
+              softcap):  # fmt: skip
+        assert causal and softcap == 0 and max_seqlen_q == 15 and max_seqlen_k == 20
+        out = []
+        for i in range(len(cu_seqlens_q) - 1):
+            qs, ks = slice(*cu_seqlens_q[i : i + 2].tolist()), slice(*cu_seqlens_k[i : i + 2].tolist())
+            ahead = (ks.stop - ks.start) - (qs.stop - qs.start)
+            for j in range(qs.stop - qs.start):
+                first = ks.start + max(0, ahead + j - window_size[0])
+                keys = slice(first, ks.start + ahead + j + 1)
+                kk, vv = (x[keys].repeat_interleave(2, 1) for x in (k, v))
+                weights = (torch.einsum("hd,khd->hk", q[qs.start + j], kk) * softmax_scale).softmax(-1)
+                out.append(torch.einsum("hk,khd->hd", weights, vv))
+        return torch.stack(out)
+
+    keys = row.segments.keys_K
+    out = flash(
+        q, k[keys], v[keys], **row.segments.varlen, softmax_scale=0.3, causal=True, window_size=(5, 0), softcap=0
+    )
+    torch.testing.assert_close(out, by_definition(row, q, k, v, ScoreRule(0.3, 6, None)), atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("rule", [ScoreRule(0.3, None, None), ScoreRule(0.3, 3, 2.0)])
+def test_gradients_are_exact(rule):
+    row, (q, k, v), _ = inputs(2, heads=2, kv_heads=1, d=3, dtype=torch.float64)
+    keys = row.segments.keys_K
+
+    def attended(q, k, v):
+        return BlockAttention.apply(q, k[keys], v[keys], row.segments, rule)
+
+    assert torch.autograd.gradcheck(attended, (q, k, v), fast_mode=True)
+
+
+def test_bfloat16_is_as_near_as_the_fused_kernel():
+    row, make, g = inputs(3, d=64)
+    rule, keys = ScoreRule(0.125, None, None), row.segments.keys_K
+
+    def error(function, dtype):
+        q, k, v = (x.detach().to(dtype).requires_grad_() for x in make)
+        out = function(q, k[keys], v[keys], row.segments, rule)
+        return [x.float() for x in (out, *torch.autograd.grad(out, (q, k, v), g.to(dtype)))]
+
+    exact = error(fused, torch.float32)
+    for ours, theirs, true in zip(
+        error(BlockAttention.apply, torch.bfloat16), error(fused, torch.bfloat16), exact, strict=True
+    ):
+        assert (ours - true).norm() < 1.5 * (theirs - true).norm() < 0.02 * true.norm()
+
+
+def test_transformers_calls_it_with_its_own_shapes():
+    row, (q, k, v), _ = inputs(3)
+    shaped = [x.transpose(0, 1)[None] for x in (q, k, v)]
+    out, weights = attend(None, *shaped, None, segments=row.segments, scaling=None)
+    assert weights is None and out.shape == (1, *q.shape)
+    torch.testing.assert_close(out[0], by_definition(row, q, k, v, ScoreRule(8**-0.5, None, None)), atol=2e-6, rtol=0)

@@ -1,0 +1,79 @@
+"""The adapter's linear layer gives PEFT's own numbers, and leaves to PEFT what it does not compute."""
+
+import pytest
+import torch
+from peft.tuners.lora.layer import Linear
+from torch import nn
+
+from dpo_lightning.model.lora import add_lora
+from dpo_lightning.model.lora_linear import AddedProduct, LoraLinear
+from tests.model.test_layout import SMALL, model_of
+
+X = torch.randn(2, 7, SMALL["hidden_size"], generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    policy = add_lora(model_of("llama", {}), r=4, lora_alpha=12, lora_dropout=0.0, target_modules="all-linear")
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    return policy
+
+
+def layer_of(policy):
+    return policy.get_base_model().model.layers[0].mlp.gate_proj
+
+
+def grads(layer, forward, autocast):
+    x = X.clone().requires_grad_()
+    layer.zero_grad()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        out = forward(layer, x)
+    out.float().square().sum().backward()
+    return [out.float(), x.grad, layer.lora_A["default"].weight.grad, layer.lora_B["default"].weight.grad]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_one_piece_equals_peft(model, autocast, bias):
+    layer = layer_of(model)
+    if bias:
+        layer.base_layer.bias = nn.Parameter(torch.randn(layer.base_layer.out_features), requires_grad=False)
+    ours, theirs = grads(layer, LoraLinear.forward, autocast), grads(layer, Linear.forward, autocast)
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one - other).abs().max() <= (0.02 if autocast else 1e-5) * other.abs().max()
+
+
+def test_every_adapted_layer_is_ours_and_the_adapter_off_is_the_base(model, monkeypatch):
+    adapted = [m for m in model.modules() if isinstance(m, Linear)]
+    assert len(adapted) == 4 * 7 and all(type(m) is LoraLinear for m in adapted)
+    layer = layer_of(model)
+    with model.disable_adapter():
+        assert torch.equal(layer(X), layer.base_layer(X))
+    used = []
+    monkeypatch.setattr(AddedProduct, "apply", lambda *args: used.append(args) or nn.functional.linear(*args[:3]))
+    layer(X)
+    assert len(used) == 1
+
+
+def test_what_is_not_plain_is_left_to_peft(model, monkeypatch):
+    layer = layer_of(model)
+    monkeypatch.setattr(AddedProduct, "apply", lambda *args: pytest.fail("not this one's to compute"))
+    layer.lora_dropout["default"] = nn.Dropout(0.5)
+    layer(X)
+    layer.lora_dropout["default"] = nn.Identity()
+    layer.base_layer.weight.ds_id = 0  # what DeepSpeed marks a sharded weight with
+    layer(X)
+    del layer.base_layer.weight.ds_id
+    model.merge_adapter()
+    layer(X)
+
+
+def test_gradients_are_exact():
+    torch.manual_seed(0)
+    x, a, b = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((5, 4), (2, 4), (3, 2)))
+    weight, bias = torch.randn(3, 4, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x, a, b: AddedProduct.apply(x, weight, bias, a, b, 1.5), (x, a, b))
