@@ -12,6 +12,11 @@ test: $(STAMP)
 
 check: lint test
 
+# TRL is needed for this alone. Hours; ARGS="hh-lora --resume" goes on with one that was cut off.
+bench: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m benchmarks $(ARGS)
+
 lint: $(STAMP)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
 

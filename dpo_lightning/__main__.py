@@ -50,7 +50,7 @@ def run(verb: str, cfg: DictConfig) -> int:
 
     if verb == "check":
         return train.only_check(cfg, run_dir, resume)
-    return train.train(cfg, run_dir, resume)
+    return train.train(cfg, run_dir, resume, sweep=multirun or "WANDB_SWEEP_ID" in os.environ)
 
 
 def warn_of_ignored(verb: str, overrides: Sequence[str]) -> None:

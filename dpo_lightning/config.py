@@ -109,7 +109,7 @@ CHECKS: dict[str, Check] = {
     "lora.lora_alpha": POSITIVE,
     "lora.lora_dropout": SHARE,
     "lora.target_modules": NAMES,
-    "reference.mode": _one_of("auto", "adapter_off", "frozen_copy"),
+    "reference.mode": _one_of("auto", "adapter_off", "frozen_copy", "cached"),
     "loss.beta": POSITIVE,
     "loss.label_smoothing": SMOOTHING,
     "optim.lr": _either(POSITIVE, "auto"),

@@ -31,6 +31,7 @@ from dpo_lightning.training.module import DPOModule
 from dpo_lightning.training.optim import resolve_lr
 from dpo_lightning.training.precision import frozen_dtype, resolve_precision, store_linears
 from dpo_lightning.training.progress import ProgressBar
+from dpo_lightning.training.reference_cache import ReferenceCache
 from dpo_lightning.training.resume import step_of
 from dpo_lightning.training.summary import Summary, print_facts
 from dpo_lightning.types import UserError
@@ -41,8 +42,11 @@ disable_progress_bar()  # of loading weights; the training has one of its own
 datasets.disable_progress_bars()
 
 
-def train(cfg: DictConfig, run_dir: Path, resume: Path | None) -> int:
-    """Train what a checked configuration describes, from a checkpoint's state if there is one; return the exit code."""
+def train(cfg: DictConfig, run_dir: Path, resume: Path | None, sweep: bool) -> int:
+    """Train what a checked configuration describes, from a checkpoint's state if there is one; return the exit code.
+
+    In a sweep other trials will need the same reference.
+    """
     pl.seed_everything(cfg.seed, verbose=False)
     source: ModelSource = instantiate(cfg.model, _convert_="all", cache=cache_dir() / "models")
     data = build_data(cfg, source)
@@ -52,10 +56,20 @@ def train(cfg: DictConfig, run_dir: Path, resume: Path | None) -> int:
         Summary(facts(cfg, source, data, run_dir, resume)), log, interrupt,
         Checkpoints(run_dir, cfg.checkpoint.every_n_steps, interrupt),
     ])  # fmt: skip
+    if cfg.reference.mode == "auto":
+        cfg.reference.mode = reference_mode(cfg, len(data.train), trainer.world_size, sweep)
+    if cfg.reference.mode == "cached":
+        cache = ReferenceCache(cache_dir() / "reference", source.weights_digest, interrupt)
+        trainer.callbacks.append(cache)  # type: ignore[attr-defined]
     module = build_module(cfg, source, data.layout)
     open_run(cfg, run_dir, trainer, resume)
     with interrupt.installed(), finished_loggers():
-        trainer.fit(module, data, ckpt_path=resume, weights_only=True)
+        try:
+            trainer.fit(module, data, ckpt_path=resume, weights_only=True)
+        except SystemExit:  # what Lightning makes of a KeyboardInterrupt
+            if not interrupt.requested:
+                raise
+            return interrupt.exit_code
         if not interrupt.requested and log.is_stale(trainer):
             trainer.validate(module, data, verbose=False)
     if trainer.is_global_zero:
@@ -71,8 +85,16 @@ def resolve(cfg: DictConfig) -> None:
     full = "r" not in cfg.lora
     cfg.trainer.precision = resolve_precision(cfg.trainer.precision, cfg.trainer.accelerator)
     cfg.optim.lr = resolve_lr(cfg.optim.lr, full)
-    if cfg.reference.mode == "auto":
-        cfg.reference.mode = "frozen_copy" if full else "adapter_off"
+
+
+def reference_mode(cfg: DictConfig, pairs: int, devices: int, sweep: bool) -> str:
+    """Return what reference=auto becomes: cached where a pair is met more than once."""
+    steps, epochs = cfg.trainer.max_steps, cfg.trainer.max_epochs
+    step = cfg.data.batch_size * cfg.trainer.accumulate_grad_batches * devices
+    ends_within_an_epoch = epochs == 1 or (steps != -1 and steps * step <= pairs)
+    if sweep or not ends_within_an_epoch:
+        return "cached"
+    return "adapter_off" if "r" in cfg.lora else "frozen_copy"
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:

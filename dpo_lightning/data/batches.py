@@ -24,13 +24,20 @@ class MicroBatch(NamedTuple):
 
 
 class PairTable(Dataset[Batch]):
-    """The tokenised pairs; indexed by a MicroBatch it gives the Batch."""
+    """The tokenised pairs; indexed by a MicroBatch it gives the Batch.
+
+    `reference_N2` holds the reference's log-probabilities of each row, where they are known.
+    """
 
     def __init__(self, table: Any):
         self.table = table
+        self.reference_N2: np.ndarray | None = None
 
     def __getitem__(self, micro: MicroBatch) -> Batch:
-        return collate([self.table[row] for row in micro.rows], micro)
+        batch = collate([self.table[row] for row in micro.rows], micro)
+        if self.reference_N2 is not None:
+            batch.reference_B2 = torch.from_numpy(self.reference_N2[list(micro.rows)])
+        return batch
 
     def __len__(self) -> int:
         return len(self.table)

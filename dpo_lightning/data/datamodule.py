@@ -47,6 +47,7 @@ class PreferenceData(pl.LightningDataModule):
         self.position: tuple[int, int] = (0, 0)  # epoch and pairs of it that are done
         self.train: Any = None
         self.val: Any = None
+        self.pairs: dict[str, PairTable] = {}
         self.census: Census | None = None
 
     def prepare_data(self) -> None:
@@ -60,10 +61,11 @@ class PreferenceData(pl.LightningDataModule):
         table, self.census = self._table(self.source)
         if self.val_source is not None:
             self.train, self.val = table, self._table(self.val_source)[0]
-            return
-        columns = table.with_format("numpy")
-        train, val = split(np.asarray(columns["prompt_key"]), self.val_fraction)
-        self.train, self.val = table.select(train), table.select(val)
+        else:
+            columns = table.with_format("numpy")
+            train, val = split(np.asarray(columns["prompt_key"]), self.val_fraction)
+            self.train, self.val = table.select(train), table.select(val)
+        self.pairs = {"train": PairTable(self.train), "val": PairTable(self.val)}
 
     def _table(self, source: Source) -> tuple[Any, Census]:
         return prepare(source, self.tokenizer, self.max_length, self.template, self.max_pairs)
@@ -101,6 +103,11 @@ class PreferenceData(pl.LightningDataModule):
         """Return the tokens of prompt, chosen and rejected of each pair, shape (pairs, 3)."""
         return np.stack(table.select_columns("lengths").with_format("numpy")[:]["lengths"])
 
+    def keys(self, table: Any) -> np.ndarray:
+        """Return 16 bytes of each pair that change with any of its tokens, shape (pairs,)."""
+        column = table.select_columns("key")
+        return np.concatenate([np.array(part["key"], "S16") for part in column.iter(batch_size=10_000)])
+
     def train_dataloader(self) -> DataLoader[Batch]:
         """Return this rank's micro-batches; Lightning sets the epoch of the order."""
         trainer = self.trainer
@@ -116,7 +123,7 @@ class PreferenceData(pl.LightningDataModule):
                 f"{len(self.train)} training pairs do not fill one step of {need}: lower data.batch_size, "
                 "trainer.accumulate_grad_batches or trainer.devices"
             )
-        return DataLoader(PairTable(self.train), sampler=order, batch_size=None)
+        return DataLoader(self.pairs["train"], sampler=order, batch_size=None)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Return this rank's share of the validation pairs."""
@@ -124,7 +131,7 @@ class PreferenceData(pl.LightningDataModule):
         assert trainer is not None
         lengths = self.lengths(self.val).sum(1)
         order = ValidationOrder(lengths, self.batch_size, trainer.global_rank, trainer.world_size)
-        return DataLoader(PairTable(self.val), sampler=order, batch_size=None)
+        return DataLoader(self.pairs["val"], sampler=order, batch_size=None)
 
 
 def sources(

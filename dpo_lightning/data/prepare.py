@@ -10,7 +10,7 @@ import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from dpo_lightning.data.sources import Source
 from dpo_lightning.data.tokenize import tokenize_pairs
 from dpo_lightning.types import Pair, UserError
 
-VERSION = 4  # part of the key: raise it when the same rows would give other ids
+VERSION = 5  # part of the key: raise it when the same rows would give other ids
 TOKENIZER_BATCH = 1000
 SIDES = ("prompt", "chosen", "rejected")
 SHOWN = 5  # bad rows that are named before the rest is counted
@@ -54,8 +54,8 @@ def prepare(
 ) -> tuple[Any, Census]:
     """Return the table and the census of the rows it was made of.
 
-    Columns: prompt, chosen, rejected, lists of int32; lengths, their three lengths; prompt_key,
-    int64; question, text.
+    Columns: prompt, chosen, rejected, lists of int32; lengths, their three lengths; key, 16 bytes that change with
+    any token; prompt_key, int64; question, text.
 
     The rows must have passed `validate`. Raises UserError if the template refuses a row, or nothing is left of any.
     """
@@ -68,6 +68,7 @@ def prepare(
     ids = List(Value("int32"))
     columns = {
         **dict.fromkeys((*SIDES, "lengths"), ids),
+        "key": Value("binary"),
         "prompt_key": Value("int64"),
         "question": Value("string"),
     }
@@ -137,7 +138,10 @@ def _tokenized(job: _Job) -> Iterator[dict[str, Any]]:
             census.conversations += not isinstance(pair.prompt, str)
             ids = {side: np.array(ids, np.int32) for side, ids in zip(SIDES, tokens[:3], strict=True)}
             lengths = [len(row) for row in tokens[:3]]
-            yield {**ids, "lengths": lengths, "prompt_key": _prompt_key(pair), "question": _question(pair)}
+            yield {
+                **ids, "lengths": lengths, "key": _token_key(ids.values()), "prompt_key": _prompt_key(pair),
+                "question": _question(pair),
+            }  # fmt: skip
     if not census.pairs:
         limit = f"data.max_length={job.max_length}"
         raise UserError(f"{job.source.name}: no usable pair within {limit} ({most_common(census)}); raise it")
@@ -153,6 +157,13 @@ def _usable(source: Source, census: Census) -> Iterator[Pair]:
             yield to_pair(row)
         except Unusable as reason:
             census.skip(str(reason))
+
+
+def _token_key(sides: Iterable[np.ndarray]) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    for ids in sides:
+        digest.update(len(ids).to_bytes(4, "little") + ids.astype("<i4").tobytes())
+    return digest.digest()
 
 
 def _prompt_key(pair: Pair) -> int:

@@ -108,10 +108,11 @@ class BlockAttention(torch.autograd.Function):
         ctx.save_for_backward(query, key, value)
         ctx.segments, ctx.rule = segments, rule
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        exact_k, v = key.to(_exact(key)).transpose(0, 1), value.transpose(0, 1)
         for block in blocks(segments, rule.window):
-            q, k, v = _block(query, key, value, block)
-            probs, _ = _probs(q, k, segments.bias(block, rule), rule)
-            _ungroup(probs @ v, out[block.rows])
+            q = _group(query[block.rows], len(v), exact_k.dtype)
+            probs, _ = _probs(q, exact_k[:, block.keys], segments.bias(block, rule), rule)
+            _ungroup(probs.to(v.dtype) @ v[:, block.keys], out[block.rows])
         return out
 
     @staticmethod
@@ -120,23 +121,32 @@ class BlockAttention(torch.autograd.Function):
         query, key, value = ctx.saved_tensors
         segments, rule = ctx.segments, ctx.rule
         grad_q = torch.empty_like(query, memory_format=torch.contiguous_format)
-        grad_k, grad_v = (torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (key, value))
+        dtype, exact = key.dtype, _exact(key)
+        k, v = key.transpose(0, 1), value.transpose(0, 1)
+        exact_k, grad_k, grad_v = k.to(exact), torch.zeros_like(k, dtype=exact), torch.zeros_like(v, dtype=exact)
         for block in blocks(segments, rule.window):
-            q, k, v = _block(query, key, value, block)
-            probs, slope = _probs(q, k, segments.bias(block, rule), rule)
-            g = _group(grad[block.rows], k.shape[0])
-            grad_v[block.keys] += (probs.mT @ g).transpose(0, 1)
-            scores = torch._softmax_backward_data(g @ v.mT, probs, -1, probs.dtype)
-            scores = scores.mul_(rule.scale) if slope is None else scores.mul_(slope)
-            _ungroup(scores @ k, grad_q[block.rows])
-            grad_k[block.keys] += (scores.mT @ q).transpose(0, 1)
-        return grad_q, grad_k.to(key.dtype), grad_v.to(value.dtype), None, None
+            rows, keys = block
+            q, g = _group(query[rows], len(k), dtype), _group(grad[rows], len(k), dtype)
+            probs, slope = _probs(q.to(exact), exact_k[:, keys], segments.bias(block, rule), rule)
+            probs = probs.to(dtype)
+            grad_v[:, keys] += probs.mT @ g
+            scores = torch.ops.aten._softmax_backward_data(g @ v[:, keys].mT, probs, -1, dtype)
+            scores = scores.mul_(rule.scale if slope is None else slope)
+            _ungroup(scores @ k[:, keys], grad_q[rows])
+            grad_k[:, keys] += scores.mT @ q
+        return grad_q, grad_k.transpose(0, 1).to(dtype), grad_v.transpose(0, 1).to(dtype), None, None
 
 
-def _group(x: Tensor, kv_heads: int) -> Tensor:
+def _exact(x: Tensor) -> torch.dtype:
+    """Return the dtype of scores: rounded to bfloat16 they would cost three times the error of all other roundings."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _group(x: Tensor, kv_heads: int, dtype: torch.dtype) -> Tensor:
     """Put the heads that share keys into one matrix: (queries, heads, d) -> (kv heads, group * queries, d)."""
     queries, heads, d = x.shape
-    return x.view(queries, kv_heads, heads // kv_heads, d).permute(1, 2, 0, 3).reshape(kv_heads, -1, d)
+    grouped = x.view(queries, kv_heads, heads // kv_heads, d).permute(1, 2, 0, 3)
+    return torch.empty_like(grouped, dtype=dtype, memory_format=torch.contiguous_format).copy_(grouped).flatten(1, 2)
 
 
 def _ungroup(x: Tensor, out: Tensor) -> None:
@@ -148,24 +158,16 @@ def _ungroup(x: Tensor, out: Tensor) -> None:
     )
 
 
-def _block(query: Tensor, key: Tensor, value: Tensor, block: Block) -> tuple[Tensor, Tensor, Tensor]:
-    k, v = key[block.keys].transpose(0, 1), value[block.keys].transpose(0, 1)
-    return _group(query[block.rows], k.shape[0]), k, v
-
-
 def _probs(q: Tensor, k: Tensor, bias: Tensor, rule: ScoreRule) -> tuple[Tensor, Tensor | None]:
-    """Return the attention weights, and d score / d (q k^T) where a cap makes it more than the scale.
-
-    The scores are float32: rounded to bfloat16 they would cost three times the error of all other roundings.
-    """
-    slope, exact = None, torch.promote_types(q.dtype, torch.float32)
-    scores = torch.baddbmm(q.new_empty(1, dtype=exact), q.to(exact), k.to(exact).mT, beta=0, alpha=rule.scale)
+    """Return the attention weights, and d score / d (q k^T) where a cap makes it more than the scale."""
+    slope = None
+    scores = torch.baddbmm(q.new_empty(1), q, k.mT, beta=0, alpha=rule.scale)
     if rule.cap is not None:
         bent = scores.div_(rule.cap).tanh_()
-        slope = (1 - bent.square()).mul_(rule.scale).to(q.dtype)
+        slope = (1 - bent.square()).mul_(rule.scale)
         scores = bent.mul_(rule.cap)
     scores.view(len(q), -1, len(bias), scores.shape[2])[..., -bias.shape[1] :].add_(bias)
-    return scores.softmax(-1).to(q.dtype), slope
+    return scores.softmax(-1), slope
 
 
 def attend(
@@ -180,19 +182,26 @@ def attend(
     assert not dropout, "attention dropout is off in every model this project loads"
     # A layer of Gemma or Mistral without a window says None; some say it in the module alone.
     rule = ScoreRule(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    # Autocast lowers the inputs of attention, as it does here; it must not lower the scores within.
+    kind = query.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
+    q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
     k, v = (x.index_select(0, segments.keys_K) for x in (k, v))
-    if query.is_cuda and (flash := _flash_attention(query.dtype)) is not None:
-        window = (-1, -1) if sliding_window is None else (sliding_window - 1, 0)
-        out = flash(
+    with torch.autocast(kind, enabled=False):
+        return _attend(q, k, v, segments, rule)[None], None
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, rule: ScoreRule) -> Tensor:
+    """Choose the way; q (T, heads, d), gathered k and v (K, kv heads, d) -> (T, heads, d)."""
+    if q.is_cuda and (flash := _flash_attention(q.dtype)) is not None:
+        window = (-1, -1) if rule.window is None else (rule.window - 1, 0)
+        return flash(
             q, k, v, **segments.varlen, softmax_scale=rule.scale, causal=True, window_size=window,
-            softcap=softcap or 0.0,
+            softcap=rule.cap or 0.0,
         )  # fmt: skip
-    elif query.is_cuda and softcap is None:
-        out = fused(q, k, v, segments, rule)
-    else:
-        out = BlockAttention.apply(q, k, v, segments, rule)
-    return out[None], None
+    if q.is_cuda and rule.cap is None:
+        return fused(q, k, v, segments, rule)
+    return BlockAttention.apply(q, k, v, segments, rule)
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor, segments: Segments, rule: ScoreRule) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-CHUNK = 128  # rows of logits at a time: 128 x 49,152 floats are 25 MB, which stay in a CPU's last cache
+CHUNK = 256  # rows of logits at a time: the matrix product is near its full speed, the tile 50 MB at 49,152 tokens
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,12 @@ class LinearLogp(torch.autograd.Function):
         for start in range(0, len(x_SH), chunk):
             part = slice(start, start + chunk)
             logits = rule.apply_((x_SH[part] @ weight_VH.T).float())
-            norm, target = logits.logsumexp(1, keepdim=True), y_S[part, None]
-            logp_S[part] = (logits.gather(1, target) - norm)[:, 0]
+            logps = logits.log_softmax(1)
+            logp_S[part] = logps.gather(1, y_S[part, None])[:, 0]
             if unit_SH is not None:
-                unit_SH[part] = _unit_logit_gradient(logits, norm, target, rule).to(weight_VH.dtype) @ weight_VH
+                unit_SH[part] = (
+                    _unit_logit_gradient(logps, logits, y_S[part, None], rule).to(weight_VH.dtype) @ weight_VH
+                )
         ctx.save_for_backward(*((x_SH, weight_VH, y_S) if ctx.need_weight else (unit_SH,)))
         return logp_S
 
@@ -85,19 +87,18 @@ class LinearLogp(torch.autograd.Function):
         for start in range(0, len(x_SH), ctx.chunk):
             part = slice(start, start + ctx.chunk)
             logits = ctx.rule.apply_((x_SH[part] @ weight_VH.T).float())
-            unit = _unit_logit_gradient(logits, logits.logsumexp(1, keepdim=True), y_S[part, None], ctx.rule)
+            unit = _unit_logit_gradient(logits.log_softmax(1), logits, y_S[part, None], ctx.rule)
             grad_logits = unit.mul_(grad_S[part, None]).to(weight_VH.dtype)
             grad_x[part] = grad_logits @ weight_VH
             grad_weight.addmm_(grad_logits.T, x_SH[part])
         return grad_x, grad_weight, None, None, None
 
 
-def _unit_logit_gradient(logits: Tensor, norm: Tensor, target: Tensor, rule: LogitRule) -> Tensor:
-    """Return d logp / d z, shape (rows, V): onehot - softmax, times the rule's slope. `logits` is spent."""
-    capped = logits.clone() if rule.cap is not None else logits
-    gradient = logits.sub_(norm).exp_().neg_()
-    gradient.scatter_add_(1, target, torch.ones_like(norm))
-    return rule.slope_(gradient, capped)
+def _unit_logit_gradient(logps: Tensor, logits: Tensor, target: Tensor, rule: LogitRule) -> Tensor:
+    """Return d logp / d z, shape (rows, V): onehot - softmax, times the rule's slope. Both tensors are spent."""
+    gradient = logps.exp_().neg_()
+    gradient.scatter_add_(1, target, torch.ones_like(target, dtype=gradient.dtype))
+    return rule.slope_(gradient, logits)
 
 
 def install_scoring(model: Any) -> nn.Module:

@@ -43,13 +43,15 @@ class LoraLinear(Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return base and adapter's sum; x (..., in) -> (..., out)."""
-        base, name = self.base_layer, self.active_adapters[0]
+        base: Any = self.base_layer
+        name = self.active_adapters[0]
         if args or kwargs or not self._is_plain(base, name):
             return super().forward(x, *args, **kwargs)
         kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else base.weight.dtype
+        dtype: torch.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else base.weight.dtype
         bias = None if base.bias is None else base.bias.to(dtype)
-        a, b = self.lora_A[name].weight.to(dtype), self.lora_B[name].weight.to(dtype)
+        adapter: Any = self.lora_A[name], self.lora_B[name]
+        a, b = (layer.weight.to(dtype) for layer in adapter)
         rows = x.to(dtype).reshape(-1, x.shape[-1])
         with torch.autocast(kind, enabled=False):
             out = AddedProduct.apply(rows, base.weight.to(dtype), bias, a, b, self.scaling[name])

@@ -24,6 +24,15 @@ def scored_rows(trunk: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     return hidden.flatten(0, 1)[rows_S], batch.ids_T[tokens_S]
 
 
+def positions(lengths_B3: Tensor) -> int:
+    """Return the positions of the 2B rows, padding included.
+
+    >>> positions(torch.tensor([[2, 1, 2], [1, 1, 1]]))
+    16
+    """
+    return 2 * len(lengths_B3) * int((lengths_B3[:, 0] + lengths_B3[:, 1:].max(1).values).max())
+
+
 def plan(lengths_B3: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return where in ids_T each position of the 2B rows is found, the rows to score, and their targets in ids_T.
 

@@ -1,4 +1,4 @@
-"""The frozen reference: the policy with its adapter off, or a second, frozen model."""
+"""The frozen reference: the policy with its adapter off, a second frozen model, or what either gave before."""
 
 from __future__ import annotations
 
@@ -60,8 +60,41 @@ class FrozenCopy(nn.Module):
         return super().train(False)
 
 
-def build_reference(policy: nn.Module, load: Callable[[], nn.Module], *, mode: str) -> AdapterOff | FrozenCopy:
+class Cached:
+    """Log-probabilities that the batches bring with them; `live` is what computes those that are missing."""
+
+    name = "cached"
+
+    def __init__(self, build_live: Callable[[], AdapterOff | FrozenCopy]):
+        self.build_live, self.layout = build_live, "padded"
+
+    def set_layout(self, layout: str) -> None:
+        """Compute what is missing in the policy's layout."""
+        self.layout = layout
+
+    def live(self, device: torch.device) -> AdapterOff | FrozenCopy:
+        """Return the reference that computes; a second model, where that is one, is not kept."""
+        reference = self.build_live().to(device)
+        reference.set_layout(self.layout)
+        return reference
+
+    def pair_logps(self, policy: Any, batch: Batch) -> PairLogps:
+        """Return what the batch holds."""
+        assert batch.reference_B2 is not None, "training/reference_cache.py gives every row its log-probabilities"
+        tokens_B2 = batch.lengths_B3[:, 1:].to(batch.reference_B2)
+        return PairLogps(*batch.reference_B2.unbind(1), *tokens_B2.unbind(1))
+
+    def generator(self, policy: Any) -> tuple[Any, Any]:
+        """Return the model that generates the reference's answers, and the context it does so in."""
+        return self.live(policy.device).generator(policy)
+
+
+def build_reference(
+    policy: nn.Module, load: Callable[[], nn.Module], *, mode: str
+) -> AdapterOff | FrozenCopy | Cached:  # fmt: skip
     """Return the reference of `policy`; `load` gives a second model. auto: adapter_off where there is an adapter."""
+    if mode == "cached":
+        return Cached(lambda: AdapterOff() if isinstance(policy, PeftModel) else FrozenCopy(load()))
     has_adapter = isinstance(policy, PeftModel)
     if mode == "adapter_off" and not has_adapter:
         raise UserError("reference=adapter_off needs an adapter: use lora=r16 or reference=frozen_copy")

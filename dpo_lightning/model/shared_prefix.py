@@ -69,5 +69,7 @@ def plan(lengths_B3: Tensor, opening: int, device: torch.device) -> Plan:
         ends_q += [rejected, end]
         ends_k += [ends_k[-1] + p + c, ends_k[-1] + p + c + p + r]
         source, start = source + p + c + r, end
-    tensors = [torch.cat(parts).to(device, non_blocking=True) for parts in (tokens, positions, rows, targets, keys)]
-    return Plan(*tensors[:4], Segments(ends_q, ends_k, tensors[4]))
+    tokens_T, positions_T, rows_S, targets_S, keys_K = (
+        torch.cat(parts).to(device, non_blocking=True) for parts in (tokens, positions, rows, targets, keys)
+    )
+    return Plan(tokens_T, positions_T, rows_S, targets_S, Segments(ends_q, ends_k, keys_K))

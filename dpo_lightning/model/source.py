@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils.hub import cached_file
 
 from dpo_lightning.model.tiny import byte_tokenizer
 from dpo_lightning.types import UserError
@@ -102,6 +103,17 @@ class ModelSource:
             file = wheel_file(self.name)
             return str(_made(self.cache / f"{file.stem}-float32", lambda folder: write_gguf(file, folder)))
         return str(Path(self.name).absolute()) if Path(self.name).is_dir() else self.name
+
+    def weights_digest(self) -> str:
+        """Return a text that changes with any weight and with the architecture."""
+        folder = Path(self.folder())
+        if not folder.is_dir():
+            folder = Path(str(cached_file(self.name, "config.json"))).parent
+        digest = hashlib.sha256()
+        for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), folder / "config.json"]):
+            with file.open("rb") as content:
+                digest.update(file.name.encode() + hashlib.file_digest(content, "sha256").digest())
+        return digest.hexdigest()
 
     def _random_config(self) -> Any:
         assert self.architecture is not None, "config.check demands an architecture"

@@ -6,7 +6,10 @@ import time
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 
+from dpo_lightning.model.flops import PairFlops, matmul_peak
+from dpo_lightning.model.padded import positions
 from dpo_lightning.types import Batch
 
 
@@ -21,22 +24,35 @@ class MetricLog(pl.Callback):
         self.validations: list[dict[str, float]] = []
         self._logged_step = 0
         self._since = time.perf_counter()
-        self._pairs = self._tokens = 0
+        self._pairs = self._tokens = self._positions = 0
+        self._flops = 0.0
+        self._needed: PairFlops | None = None
+        self._peak = 0.0
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Start the clock after set-up and first validation."""
         self._logged_step = trainer.global_step
+        self._needed = PairFlops.of(pl_module.policy)
+        if self._needed is not None:
+            device, precision = pl_module.device, str(trainer.precision)
+            kinds = {"bf16": torch.bfloat16, "16": torch.float16 if device.type == "cuda" else torch.bfloat16}
+            self._peak = matmul_peak(device, kinds.get(precision.partition("-")[0], torch.float32))
         self._restart()
 
     def _restart(self) -> None:
-        self._since, self._pairs, self._tokens = time.perf_counter(), 0, 0
+        self._since, self._pairs, self._tokens, self._positions = time.perf_counter(), 0, 0, 0
+        self._flops = 0.0
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         """Count; at the end of a step that is to be logged, log."""
         self._pairs += len(batch)
-        self._tokens += len(batch.ids_T) + int(batch.lengths_B3[:, 0].sum())
+        tokens = len(batch.ids_T) + int(batch.lengths_B3[:, 0].sum())
+        self._tokens += tokens
+        self._positions += tokens if pl_module.layout == "shared" else positions(batch.lengths_B3)
+        if self._needed is not None:
+            self._flops += self._needed.step(batch.lengths_B3, pl_module.reference.name != "cached")
         step = trainer.global_step
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if step != self._logged_step and step % every == 0:
@@ -57,7 +73,10 @@ class MetricLog(pl.Callback):
             "train/epoch": trainer.current_epoch,
             "perf/pairs_per_second": self._pairs * trainer.world_size / seconds,
             "perf/tokens_per_second": self._tokens * trainer.world_size / seconds,
+            "perf/padding_fraction": 1 - self._tokens / self._positions,
         }
+        if self._needed is not None:
+            metrics["perf/mfu"] = self._flops / seconds / self._peak
         self._log(trainer, metrics, step)
         self._restart()
 

@@ -113,9 +113,28 @@ def test_bfloat16_is_as_near_as_the_fused_kernel():
         assert (ours - true).norm() < 1.5 * (theirs - true).norm() < 0.02 * true.norm()
 
 
+@pytest.mark.parametrize("mixed", [False, True])
+def test_under_autocast_the_inputs_are_lowered_and_the_scores_are_not(mixed):
+    """In full fine-tuning query and key come out of the rotary embedding in float32, value in bfloat16."""
+    row, (q, k, v), g = inputs(3, d=64)
+    lowered = [x.detach().bfloat16().requires_grad_() for x in (q, k, v)]
+    asis = [x.detach().float().requires_grad_() if mixed and i < 2 else x for i, x in enumerate(lowered)]
+
+    def attended(q, k, v):
+        shaped = [x.transpose(0, 1)[None] for x in (q, k, v)]
+        return attend(None, shaped[0], shaped[1], shaped[2], None, segments=row.segments)[0][0]
+
+    plain = attended(*lowered)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = attended(*asis)
+    assert out.dtype == torch.bfloat16 and torch.equal(out, plain)
+    ours, theirs = torch.autograd.grad(out, asis, g.bfloat16()), torch.autograd.grad(plain, lowered, g.bfloat16())
+    assert all(torch.equal(one.bfloat16(), other) for one, other in zip(ours, theirs, strict=True))
+
+
 def test_transformers_calls_it_with_its_own_shapes():
     row, (q, k, v), _ = inputs(3)
     shaped = [x.transpose(0, 1)[None] for x in (q, k, v)]
-    out, weights = attend(None, *shaped, None, segments=row.segments, scaling=None)
+    out, weights = attend(None, shaped[0], shaped[1], shaped[2], None, segments=row.segments, scaling=None)
     assert weights is None and out.shape == (1, *q.shape)
     torch.testing.assert_close(out[0], by_definition(row, q, k, v, ScoreRule(8**-0.5, None, None)), atol=2e-6, rtol=0)

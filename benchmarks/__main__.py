@@ -1,0 +1,98 @@
+"""Run benchmarks or print a recorded one: `python -m benchmarks --help`, from the repository's root."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from benchmarks import machine, table
+from benchmarks.arms import program_of
+from benchmarks.records import Record, load, new_file, unfinished
+from benchmarks.runs import ROOT, Bench, BenchmarkError
+from benchmarks.workloads import ARMS, DATA, WORKLOADS, Workload
+
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line's parser."""
+    parse = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parse.add_argument("workload", nargs="*", help=f"some of {', '.join(WORKLOADS)}; all, if none is named")
+    parse.add_argument("--rounds", type=positive, default=3, help="how often every arm runs")
+    parse.add_argument("--arms", help=f"some of {','.join(ARMS)}, separated by commas")
+    parse.add_argument("--warmup", type=whole, help="steps that are dropped")
+    parse.add_argument("--steps", type=positive, help="steps that are timed")
+    parse.add_argument("--pairs", type=positive, help="pairs a step")
+    parse.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parse.add_argument("--resume", action="store_true", help="go on with a benchmark of the same code that was cut off")
+    parse.add_argument(
+        "--table", type=Path, metavar="FILE", help="print the table of a recorded benchmark, run nothing"
+    )
+    for name, path in DATA.items():
+        parse.add_argument(f"--{name}", default=path, metavar="FILE", help=f"the data, {path}")
+    return parse
+
+
+def whole(text: str) -> int:
+    """Return a whole number, 0 or more; argparse makes a usage error of what is raised."""
+    if (value := int(text)) < 0:
+        raise ValueError
+    return value
+
+
+def positive(text: str) -> int:
+    """Return a whole number above 0."""
+    if not (value := whole(text)):
+        raise ValueError
+    return value
+
+
+def chosen(options: argparse.Namespace) -> list[Workload]:
+    """Return the workloads as the options want them."""
+    changes = {key: getattr(options, key) for key in ("warmup", "steps", "pairs") if getattr(options, key) is not None}
+    if options.arms:
+        changes["arms"] = tuple(_known(name, ARMS) for name in options.arms.split(","))
+    return [replace(WORKLOADS[_known(name, WORKLOADS)], **changes) for name in options.workload or WORKLOADS]
+
+
+def _known(name: str, names: Iterable[str]) -> str:
+    if name not in names:
+        raise BenchmarkError(f"there is no {name}; there are {', '.join(names)}")
+    return name
+
+
+def bench(workload: Workload, options: argparse.Namespace) -> None:
+    """Run one benchmark, print its table and write it beside the record."""
+    fresh = Record(workload, options.rounds, time.strftime("%Y-%m-%d %H:%M"), machine.describe(), machine.versions())
+    if fresh.versions["trl"] == "none" and "trl" in map(program_of, workload.arms):
+        raise BenchmarkError("TRL is not installed: `make bench` installs it, or pip install '.[bench]'")
+    file = unfinished(options.out, fresh) if options.resume else None
+    record = load(file) if file else fresh
+    file = file or new_file(options.out, record)
+    Bench(record, file, getattr(options, workload.data)).run()
+    text = table.write(record)
+    file.with_suffix(".md").write_text(text)
+    print(text)
+
+
+def main(words: Sequence[str]) -> int:
+    """Enter from the command line; return the exit code."""
+    options = parser().parse_args(words)
+    if options.table:
+        print(table.write(load(options.table)))
+        return 0
+    try:
+        for workload in chosen(options):
+            bench(workload, options)
+    except BenchmarkError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

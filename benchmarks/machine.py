@@ -1,0 +1,52 @@
+"""What the figures were taken on: processor, memory, versions; nothing that names a host or a path."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from benchmarks.arms import cores
+
+PACKAGES = ("torch", "transformers", "peft", "trl", "lightning")
+SOURCES = ("dpo_lightning", "conf", ":(glob)benchmarks/*.py")  # what a result depends on
+
+
+def describe(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, Any]:
+    """Return processor, cores, threads an arm has, and memory."""
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "processor": models[0] if models else platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": cores(),
+        "memory_gb": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what is compared, dpo_lightning's as its commit."""
+    found = {"dpo_lightning": commit(), "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "none"
+    return found
+
+
+def commit() -> str:
+    """Return the commit of the checkout, marked where the sources differ from it."""
+    head = _git("rev-parse", "--short=10", "HEAD")
+    changed = _git("status", "--porcelain", "--", *SOURCES)
+    return f"{head or 'unknown'}{' with changes' if changed else ''}"
+
+
+def _git(*words: str) -> str:
+    try:
+        return subprocess.run(["git", *words], capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""

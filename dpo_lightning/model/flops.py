@@ -1,0 +1,74 @@
+"""The arithmetic that a pair needs at the least, to hold a step's time against; docs/performance.md derives it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpo_lightning.model.logps import base_of
+
+
+@dataclass(frozen=True)
+class PairFlops:
+    """Floating-point operations of pairs, a multiply-add as two, every token through the trunk once.
+
+    Args:
+        trunk, adapter, head: weights in the matrix products of each.
+        attention: layers x heads x size of a head.
+
+    """
+
+    trunk: int
+    adapter: int
+    head: int
+    attention: int
+
+    @classmethod
+    def of(cls, policy: Any) -> PairFlops | None:
+        """Count a policy's weights; None where not every weight meets every token (mixtures of experts)."""
+        config = base_of(policy).config.get_text_config()
+        experts = ("num_experts", "num_local_experts", "n_routed_experts")
+        if any(getattr(config, key, None) for key in experts):
+            return None
+        head = base_of(policy).get_output_embeddings()
+        linears = [m for m in base_of(policy).base_model.modules() if isinstance(m, nn.Linear) and m is not head]
+        sizes = [(m.weight.requires_grad, getattr(m.weight, "ds_numel", m.weight.numel())) for m in linears]
+        full = all(trains for trains, _ in sizes)
+        heads = config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        return cls(
+            trunk=sum(size for trains, size in sizes if full or not trains),
+            adapter=0 if full else sum(size for trains, size in sizes if trains),
+            head=config.vocab_size * config.hidden_size,
+            attention=config.num_hidden_layers * heads * width,
+        )
+
+    def step(self, lengths_B3: Tensor, with_reference: bool) -> float:
+        """Return the operations of a training step on pairs of these lengths, without any recomputation."""
+        prompt, chosen, rejected = lengths_B3.double().unbind(1)
+        tokens = (prompt + chosen + rejected).sum().item()
+        scored = (chosen + rejected).sum().item()
+        seen = ((prompt + chosen) ** 2 + (prompt + rejected) ** 2 - prompt**2).sum().item()
+        passes = 2 if self.adapter else 3  # forward, gradient of the inputs, gradient of trained weights
+        trunk = tokens * (self.trunk * (passes + with_reference) + 3 * self.adapter)
+        return 2 * (
+            trunk + scored * self.head * (passes + with_reference) + seen * self.attention * (3 + with_reference)
+        )
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the operations a second that the device reaches on one large matrix product, the best of five."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(6):
+        began = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - began)
+    return 2 * n**3 / best

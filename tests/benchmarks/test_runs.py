@@ -1,0 +1,107 @@
+"""The protocol, with children that only leave what real ones would."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import runs
+from benchmarks.records import Record, load
+from benchmarks.workloads import LIVE, SHIPPED, WORKLOADS
+
+WORKLOAD = replace(WORKLOADS["hh-lora"], arms=(SHIPPED, LIVE), warmup=1, steps=2)
+
+
+class Children:
+    """Stands in for `run_child`; `started` tells which processes ran, `loss` what each program computes."""
+
+    def __init__(self, file: Path):
+        self.file, self.started, self.saved = file, [], []
+        self.loss = {"trl": 0.5, "ours": 0.5}
+        self.digest, self.lost_steps = "d", 0
+
+    def __call__(self, words: list[str], env: dict[str, str], log: Path) -> runs.Child:
+        self.started.append(log.stem.removeprefix("hh-lora-"))
+        self.saved.append(len(load(self.file).runs) if self.file.exists() else 0)
+        if "benchmarks.pairs" in words:
+            self.write_pairs(json.loads(words[-1]))
+        elif "benchmarks.trl_arm" in words:
+            job = json.loads(words[-1])
+            step = {"seconds": 4.0, "loss": self.loss["trl"], "grad_norm": 1.0}
+            steps = [step] * (job["config"]["max_steps"] - self.lost_steps)
+            Path(job["out"]).write_text(json.dumps({"steps": steps, "digest": self.digest}))
+        elif "dpo_lightning" in words:
+            told = dict(word.split("=", 1) for word in words[3:])
+            row = {"train/loss": self.loss["ours"], "train/grad_norm": 1.0, "perf/pairs_per_second": 8.0}
+            Path(told["run_dir"], "metrics.jsonl").write_text(f"{json.dumps(row)}\n" * int(told["trainer.max_steps"]))
+        return runs.Child(10**12, 9.0)
+
+    def write_pairs(self, job: dict[str, Any]) -> None:
+        pairs = {"file": "x", "distinct": 24, "left_out": 0, "lengths": [[9, 1, 1]] * job["wanted"], "digest": "d"}
+        Path(job["out"]).write_text(json.dumps({"model": "m", "pairs": pairs}))
+
+
+@pytest.fixture
+def children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Children:
+    made = Children(tmp_path / "record.json")
+    monkeypatch.setattr(runs, "run_child", made)
+    monkeypatch.setattr(runs, "SCRATCH", tmp_path / "scratch")
+    return made
+
+
+def bench(children: Children, record: Record | None = None) -> Record:
+    fresh = record or Record(WORKLOAD, 2, "2026-01-02 03:04", {}, {})
+    runs.Bench(fresh, children.file, "data.jsonl").run()
+    return fresh
+
+
+def test_parity_first_then_rounds_in_which_the_arms_take_turns_each_saved_at_once(children: Children):
+    record = bench(children)
+    trained = [f"{number}-{arm}" for number in (1, 2) for arm in (SHIPPED, LIVE)]
+    before = ["pairs", "imports-trl", "imports-ours", f"parity-{SHIPPED}", f"parity-{LIVE}"]
+    assert children.started == [*before, *trained]
+    assert children.saved[-4:] == [0, 1, 2, 3]
+    assert load(children.file) == record
+    assert record.parity == {"loss": 0, "grad_norm": 0}
+    assert [[step.seconds for step in run.steps] for run in record.runs] == [[4.0] * 3, [1.0] * 3] * 2
+    assert len(record.pairs["lengths"]) == 3 * 8
+
+
+def test_a_benchmark_that_was_cut_off_does_only_what_is_missing(children: Children):
+    record = bench(children)
+    record.runs = record.runs[:-1]
+    children.started.clear()
+    bench(children, record)
+    assert children.started == ["pairs", f"2-{LIVE}"]
+    assert not record.missing()
+
+
+def test_programs_that_compute_different_losses_are_not_timed(children: Children):
+    children.loss["ours"] = 0.5002
+    with pytest.raises(runs.BenchmarkError, match=r"do not compute the same: loss differs by 0\.0002"):
+        bench(children)
+    assert children.started[-1] == f"parity-{LIVE}"
+
+
+def test_different_tokens_and_lost_steps_stop_it(children: Children):
+    children.digest = "other"
+    with pytest.raises(runs.BenchmarkError, match="TRL made other tokens"):
+        bench(children)
+    children.digest, children.lost_steps = "d", 1
+    with pytest.raises(runs.BenchmarkError, match="trl-shipped: 1 steps instead of 2"):
+        bench(children)
+
+
+def test_other_pairs_do_not_go_on_in_an_old_record(children: Children):
+    record = bench(children)
+    record.pairs["digest"] = "older"
+    with pytest.raises(runs.BenchmarkError, match="begun with other pairs"):
+        bench(children, record)
+
+
+def test_a_parent_larger_than_its_children_is_noticed(children: Children, monkeypatch):
+    monkeypatch.setattr(runs, "run_child", lambda *words: (children(*words), runs.Child(1, 1.0))[1])
+    with pytest.raises(runs.BenchmarkError, match="larger than its children"):
+        bench(children)

@@ -1,0 +1,156 @@
+"""reference=cached gives the live reference's numbers, and computes a pair once under what makes them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from omegaconf import OmegaConf
+
+from dpo_lightning.data.reference_store import RECORD, ReferenceStore
+from dpo_lightning.train import reference_mode
+from dpo_lightning.training.start import StartError
+
+WORDS = [
+    "model=tiny", "logger=none", "callbacks=none", "samples.count=0", "trainer.precision=32-true", "resume=never",
+    "trainer.max_steps=3", "data.max_length=448", "data.max_pairs=40", "data.batch_size=4", "optim.schedule=constant",
+]  # fmt: skip
+PAIRS = 40
+
+
+@pytest.fixture
+def cache(tmp_path):
+    """A cache of the test's own."""
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def train(cli, metrics, tmp_path, capfd):
+    """Train; return the metrics and how many pairs each job computed."""
+    folders = iter(range(99))
+
+    def run(*words):
+        folder = tmp_path / f"run{next(folders)}"
+        assert cli(*WORDS, *words, f"run_dir={folder}") == 0
+        return metrics(folder), computed_by(capfd)
+
+    return run
+
+
+def computed_by(capfd):
+    """The pairs that each job says it computed."""
+    told = [line for line in capfd.readouterr().out.splitlines() if line.startswith("reference: ")]
+    return [int(line.split()[1]) for line in told]
+
+
+@pytest.mark.parametrize("lora", [[], ["lora=none", "optim.lr=1e-4"]])
+@pytest.mark.parametrize("extra", [[], ["model.gradient_checkpointing=true"], ["data.layout=padded"]])
+def test_cached_equals_live(train, lora, extra):
+    live, none = train(*lora, *extra, f"reference={'frozen_copy' if lora else 'adapter_off'}")
+    fresh, computed = train(*lora, *extra, "reference=cached")
+    again, found = train(*lora, *extra, "reference=cached")
+    assert (none, computed, found) == ([], [PAIRS], [0])
+    assert len(live) == 5 and live[1]["train/loss"] > 0.69 > live[3]["train/loss"]
+    for cached in (fresh, again):
+        for one, other in zip(cached, live, strict=True):
+            for key in (k for k in one if k.startswith(("train/", "val/"))):
+                assert one[key] == pytest.approx(other[key], abs=2e-5, rel=1e-5), (one["step"], key)
+
+
+def test_only_what_changes_the_numbers_is_in_the_key(train):
+    assert train("reference=cached")[1] == [PAIRS]
+    for words in (["optim.lr=3e-3"], ["loss.beta=0.5"], ["loss=ipo"], ["data.batch_size=5"], ["seed=7"], ["lora.r=4"],
+                  ["data.max_pairs=30"], ["data.shuffle=false", "data.val_fraction=0.3"]):  # fmt: skip
+        assert train("reference=cached", *words)[1] == [0], words
+    assert train("reference=cached", "data.max_pairs=44")[1] == [4]
+    bf16 = "trainer.precision=bf16-mixed"
+    for words in ([bf16], ["data.layout=padded"], ["lora=none", bf16], ["model.dimensions.intermediate_size=96"]):
+        assert train("reference=cached", *words)[1] == [PAIRS], words
+    shorter = train("reference=cached", "data.max_length=400")[1][0]
+    assert 0 < shorter < PAIRS  # the rows that this cuts
+
+
+def test_the_second_trial_of_a_sweep_computes_nothing(cli, capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli("-m", *WORDS, "optim.lr=1e-3,2e-3") == 0
+    assert computed_by(capfd) == [PAIRS, 0]
+
+
+def test_a_second_epoch_is_reason_enough():
+    def mode(sweep=False, epochs: int | None = 1, steps=-1, full=False, devices=1):
+        cfg = OmegaConf.create({
+            "trainer": {"max_steps": steps, "max_epochs": epochs, "accumulate_grad_batches": 2},
+            "data": {"batch_size": 4}, "lora": {} if full else {"r": 16},
+        })  # fmt: skip
+        return reference_mode(cfg, 160, devices, sweep)
+
+    assert (mode(), mode(full=True), mode(sweep=True)) == ("adapter_off", "frozen_copy", "cached")
+    assert (mode(epochs=2), mode(epochs=None, steps=20), mode(epochs=-1, steps=21)) == (
+        "cached",
+        "adapter_off",
+        "cached",
+    )
+    assert mode(epochs=2, steps=20) == "adapter_off" and mode(epochs=2, steps=11, devices=2) == "cached"
+
+
+def test_a_cache_that_is_wrong_stops_the_run_at_its_first_batch(cli, cache, tmp_path):
+    words = [*WORDS, "reference=cached"]
+    assert cli(*words, f"run_dir={tmp_path / 'one'}") == 0
+    (file,) = (cache / "reference").iterdir()
+    records = np.fromfile(file, RECORD)
+    file.unlink()
+    ReferenceStore(file).append(records["key"], records["logps"] * np.array([0.9, 1.1], np.float32))
+    with pytest.raises(StartError, match=r"should be 0\.693147"):
+        cli(*words, f"run_dir={tmp_path / 'two'}")
+
+
+def test_full_fine_tuning_answers_samples_with_the_reference_that_is_not_kept(cli, tmp_path):
+    words = [*WORDS, "reference=cached", "lora=none", f"run_dir={tmp_path / 'run'}"]
+    assert cli(*words, "samples.count=1", "samples.max_new_tokens=4") == 0
+    assert '"reference"' in (tmp_path / "run" / "samples.json").read_text()
+
+
+def process(cache, *words, **options):
+    environment = {**os.environ, "DPO_LIGHTNING_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "dpo_lightning", *WORDS, "reference=cached", "trainer.accelerator=cpu", *words]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+def test_two_ranks_compute_each_pair_once_together(train, cache, tmp_path, metrics):
+    one, computed = train("reference=cached", "data.batch_size=4")
+    (file,) = (cache / "reference").iterdir()
+    alone = np.sort(np.fromfile(file, RECORD), order="key")
+    file.unlink()
+    out, err = (run := process(
+        cache, "trainer.devices=2", "strategy=ddp", "data.batch_size=2", f"run_dir={tmp_path / 'two'}"
+    )).communicate(timeout=240)  # fmt: skip
+    assert run.returncode == 0, err
+    assert f"reference: {PAIRS} of {PAIRS} pairs computed" in out and computed == [PAIRS]
+    together = np.sort(np.fromfile(file, RECORD), order="key")
+    assert np.array_equal(together["key"], alone["key"])
+    assert np.allclose(together["logps"], alone["logps"], atol=2e-4)
+    for ours, theirs in zip(metrics(tmp_path / "two"), one, strict=True):
+        if "train/loss" in ours:
+            assert ours["train/loss"] == pytest.approx(theirs["train/loss"], abs=1e-5)
+
+
+def test_a_pass_that_is_stopped_keeps_what_it_has(cache, tmp_path):
+    words = ["data.max_pairs=180", "data.batch_size=1", f"run_dir={tmp_path / 'run'}"]
+    run = process(cache, *words)
+    deadline = time.monotonic() + 120
+    while not list((cache / "reference").glob("*")) and time.monotonic() < deadline and run.poll() is None:
+        time.sleep(0.02)
+    run.send_signal(signal.SIGTERM)
+    out, err = run.communicate(timeout=120)
+    assert run.returncode == 128 + signal.SIGTERM, (out, err)
+    (file,) = (cache / "reference").iterdir()
+    kept = file.stat().st_size // RECORD.itemsize
+    assert 0 < kept < 180
+    out, err = (run := process(cache, *words)).communicate(timeout=240)
+    assert run.returncode == 0, err
+    assert f"reference: {180 - kept} of 180 pairs computed" in out
