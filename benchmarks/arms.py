@@ -111,7 +111,14 @@ def read_steps(arm: str, run_dir: Path, pairs: int) -> list[Step]:
         return [Step(**step) for step in json.loads((run_dir / "trl.json").read_text())["steps"]]
     logged = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [
-        Step(pairs / row["perf/pairs_per_second"], row["train/loss"], row["train/grad_norm"], row.get("perf/mfu"))
+        Step(
+            pairs / row["perf/pairs_per_second"],
+            row["train/loss"],
+            row["train/grad_norm"],
+            row["train/logps/chosen"],
+            row["train/logps/rejected"],
+            row.get("perf/mfu"),
+        )
         for row in logged
         if "train/loss" in row
     ]

@@ -12,11 +12,13 @@ from benchmarks.workloads import Workload
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step; mfu where the program tells it."""
+    """One optimizer step, its log-probabilities as means over its pairs; mfu where the program tells it."""
 
     seconds: float
     loss: float
     grad_norm: float
+    chosen: float
+    rejected: float
     mfu: float | None = None
 
 

@@ -113,6 +113,7 @@ def _heading(record: Record) -> Iterator[str]:
     programs = ", ".join(f"{name} {versions[name]}" for name in ("dpo_lightning", "torch", "transformers", "peft"))
     yield f"{record.started}; {programs}."
     yield f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gb']} GB; threads: {machine['threads']}."
+    yield "CPU alone; there TRL's fused head has no kernel of its own, and scores every position unless told not to."
     if missing := len(record.missing()):
         yield ""
         yield f"**Unfinished**: {missing} of {record.rounds * len(record.workload.arms)} runs are missing."
@@ -138,7 +139,14 @@ def _percent(value: float) -> str:
 
 
 def _arms(record: Record) -> Iterator[str]:
-    columns = ("arm", "pairs/s", "peak RSS above imports, GB", "steps dropped + timed", "last dropped / timed (1)")
+    columns = (
+        "arm",
+        "pairs/s",
+        "peak RSS above imports, GB",
+        "peak RSS, GB",
+        "steps dropped + timed",
+        "last dropped / timed (1)",
+    )
     more = ("s outside the steps (2)", "load before", "mean loss")
     yield f"| {' | '.join([*columns, *more])} |"
     yield f"|{'---|' * len([*columns, *more])}"
@@ -159,6 +167,7 @@ def _arm(arm: str, runs: Sequence[Run], record: Record) -> str:
         arm,
         _range([pairs / seconds(run, record) for run in runs], ".3f"),
         _range([memory(run, record) / GB for run in runs], ".2f"),
+        _range([run.peak_rss / GB for run in runs], ".2f"),
         f"{workload.warmup} + {workload.steps}",
         _range(settled, ".2f"),
         f"{outside:.0f}",

@@ -52,7 +52,7 @@ def compact_head() -> None:
 
 
 def train(job: dict[str, Any]) -> dict[str, Any]:
-    """Train; return seconds, loss and gradient norm of each step, and the digest of the tokens trained on."""
+    """Train; return each step's figures (see records.Step), and the digest of the tokens trained on."""
     if job["compact"]:
         compact_head()
     clock = Clock()
@@ -68,7 +68,13 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     tokens: Any = trainer.train_dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
     return {
         "steps": [
-            {"seconds": seconds, "loss": entry["loss"], "grad_norm": entry["grad_norm"]}
+            {
+                "seconds": seconds,
+                "loss": entry["loss"],
+                "grad_norm": entry["grad_norm"],
+                "chosen": entry["logps/chosen"],
+                "rejected": entry["logps/rejected"],
+            }
             for seconds, entry in zip(clock.seconds, logged, strict=True)
         ],
         "digest": token_digest((row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in tokens),

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from torch import Tensor
 
@@ -43,7 +44,8 @@ class Batch:
     rows_B:     index of each pair in its data set; int64, on the CPU
     step_pairs: number of pairs that the optimizer step this batch belongs to averages over
     opening:    number of leading tokens that all prompts have in common, less than the shortest prompt
-    reference_B2: chosen and rejected log-probabilities under the reference where they were computed before; float32
+    reference_B2: chosen and rejected log-probabilities under the reference where they were computed before; float32,
+                  an array, since Lightning's half precision rounds every tensor of a batch
     """
 
     ids_T: Tensor
@@ -51,7 +53,7 @@ class Batch:
     rows_B: Tensor
     step_pairs: int
     opening: int = 0
-    reference_B2: Tensor | None = None
+    reference_B2: np.ndarray | None = None
 
     def __len__(self) -> int:
         """Return the number of pairs."""
@@ -59,10 +61,7 @@ class Batch:
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
         """Move the tokens; the lengths stay on the CPU, where the layout is planned without a device sync."""
-        reference_B2 = self.reference_B2
-        if reference_B2 is not None:
-            reference_B2 = reference_B2.to(device, non_blocking=non_blocking)
-        return replace(self, ids_T=self.ids_T.to(device, non_blocking=non_blocking), reference_B2=reference_B2)
+        return replace(self, ids_T=self.ids_T.to(device, non_blocking=non_blocking))
 
 
 class PairLogps(NamedTuple):

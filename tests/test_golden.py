@@ -16,6 +16,7 @@ BOUNDS = {"loss": 1e-4, "grad_norm": 1e-2, "logps/chosen": 1e-2, "logps/rejected
     [
         ("lora", "shared", 8, ["optim.lr=1e-4"]),
         ("lora", "padded", 2, ["optim.lr=1e-4"]),
+        ("lora", "shared", 2, ["optim.lr=1e-4", "reference=cached", "model.gradient_checkpointing=true"]),
         ("full", "shared", 8, ["optim.lr=1e-6", "lora=none"]),
     ],
 )

@@ -35,6 +35,7 @@ def test_a_run_leaves_what_it_promises(cli, metrics, tmp_path):
     assert rows[-1]["step"] == 6 and rows[-1]["val/loss"] < rows[0]["val/loss"]
     names = ("chosen", "rejected", "accuracies", "margins")
     assert {f"train/rewards/{n}" for n in names} | {"perf/pairs_per_second", "train/grad_norm"} <= rows[1].keys()
+    assert rows[1]["perf/padding_fraction"] == 0 and 0 < rows[1]["perf/mfu"] < 1
     assert (run / "report.html").read_text().count("<img") == len(list((run / "plots").glob("*.png"))) >= 6
     samples = json.loads((run / "samples.json").read_text())
     assert len(samples) == 3 and all({"prompt", "reference", "policy"} == s.keys() for s in samples)
@@ -260,6 +261,17 @@ def test_the_last_steps_are_logged_and_validated_whatever_the_intervals(cli, met
     rows = metrics(tmp_path)
     assert [row["step"] for row in rows if "train/loss" in row] == [2, 3]
     assert [row["step"] for row in rows if "val/loss" in row] == [3]
+
+
+def test_an_epoch_that_ends_within_a_logging_interval_is_logged_after_its_validation(cli, metrics, tmp_path):
+    words = ["trainer.log_every_n_steps=4", "data.max_pairs=24", "data.batch_size=4", "data.layout=padded"]
+    assert cli(*TINY, *words, f"run_dir={tmp_path}") == 0
+    logged = [row for row in metrics(tmp_path) if "train/loss" in row]
+    assert [row["step"] for row in logged] == [4, 5]
+    for row in logged:
+        assert (
+            1 < row["perf/pairs_per_second"] < 1e5 and 0 < row["perf/mfu"] < 1 and 0 < row["perf/padding_fraction"] < 1
+        )
 
 
 def test_the_card_tells_what_was_done(cli, tmp_path):

@@ -36,7 +36,8 @@ class PairTable(Dataset[Batch]):
     def __getitem__(self, micro: MicroBatch) -> Batch:
         batch = collate([self.table[row] for row in micro.rows], micro)
         if self.reference_N2 is not None:
-            batch.reference_B2 = torch.from_numpy(self.reference_N2[list(micro.rows)])
+            batch.reference_B2 = self.reference_N2[list(micro.rows)]
+            assert not np.isnan(batch.reference_B2).any(), "a row that `PreferenceData.rows_ahead` did not foresee"
         return batch
 
     def __len__(self) -> int:
@@ -103,10 +104,14 @@ class TrainingOrder(Sampler[MicroBatch]):
         whole, rest = divmod(self.pairs, self.batch_size * self.accumulate * self.world)
         return whole * self.accumulate + (-(-rest // self.batch_size) if self.world == 1 else 0)
 
+    def rows(self, epoch: int) -> np.ndarray:
+        """Return the row numbers in the order of an epoch, those of all ranks."""
+        if not self.shuffle:
+            return np.arange(self.pairs)
+        return np.random.default_rng([self.seed, epoch]).permutation(self.pairs)
+
     def __iter__(self) -> Iterator[MicroBatch]:
-        order = np.arange(self.pairs)
-        if self.shuffle:
-            order = np.random.default_rng([self.seed, self.epoch]).permutation(self.pairs)
+        order = self.rows(self.epoch)
         per_step = self.batch_size * self.accumulate * self.world
         first = self.skip[1] if self.epoch == self.skip[0] else 0
         for start in range(first, self.pairs, per_step):

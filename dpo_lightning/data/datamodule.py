@@ -101,21 +101,40 @@ class PreferenceData(pl.LightningDataModule):
 
     def lengths(self, table: Any) -> np.ndarray:
         """Return the tokens of prompt, chosen and rejected of each pair, shape (pairs, 3)."""
-        return np.stack(table.select_columns("lengths").with_format("numpy")[:]["lengths"])
+        column = table.select_columns("lengths").with_format("arrow")
+        parts = [part["lengths"].combine_chunks().flatten() for part in column.iter(batch_size=10_000)]
+        return np.concatenate([part.to_numpy() for part in parts]).reshape(-1, 3)
 
     def keys(self, table: Any) -> np.ndarray:
         """Return 16 bytes of each pair that change with any of its tokens, shape (pairs,)."""
         column = table.select_columns("key")
         return np.concatenate([np.array(part["key"], "S16") for part in column.iter(batch_size=10_000)])
 
+    def rows_ahead(self, name: str) -> np.ndarray:
+        """Return which rows of train or val the run can meet: fewer than all where it ends within an epoch."""
+        trainer = self.trainer
+        assert trainer is not None
+        rows = np.arange(len(self.pairs[name]))
+        if name == "val":
+            return rows if trainer.limit_val_batches else rows[:0]
+        epoch, done = self.position  # a resumed run may have made its steps with another batch size
+        met = done + trainer.max_steps * self.batch_size * trainer.accumulate_grad_batches * trainer.world_size
+        ends_early = trainer.max_steps >= 0 and epoch == 0 and met < len(rows)
+        return np.sort(self._order().rows(0)[:met]) if ends_early else rows
+
+    def _order(self) -> TrainingOrder:
+        trainer = self.trainer
+        assert trainer is not None
+        return TrainingOrder(
+            len(self.train), self.batch_size, trainer.accumulate_grad_batches, self.seed, self.shuffle,
+            trainer.global_rank, trainer.world_size,
+        )  # fmt: skip
+
     def train_dataloader(self) -> DataLoader[Batch]:
         """Return this rank's micro-batches; Lightning sets the epoch of the order."""
         trainer = self.trainer
         assert trainer is not None
-        order = TrainingOrder(
-            len(self.train), self.batch_size, trainer.accumulate_grad_batches, self.seed, self.shuffle,
-            trainer.global_rank, trainer.world_size,
-        )  # fmt: skip
+        order = self._order()
         order.skip = self.position
         if not len(order):
             need = self.batch_size * trainer.accumulate_grad_batches * trainer.world_size

@@ -65,5 +65,5 @@ class ReferenceStore:
 
 def _checksum(records: np.ndarray) -> np.ndarray:
     """Return a number that changes with any one word of a record."""
-    words = np.ascontiguousarray(records).view(np.uint32).reshape(len(records), -1)[:, :_WORDS]
+    words = np.ascontiguousarray(records).view(np.uint32).reshape(len(records), _WORDS + 1)[:, :_WORDS]
     return (words * _ODD).sum(1, dtype=np.uint32) ^ np.uint32(0x5DEECE66)

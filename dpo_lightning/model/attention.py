@@ -2,14 +2,14 @@
 
 On CUDA one variable-length call of flash-attn where it is installed, else PyTorch's fused attention segment by
 segment. On the CPU batched matrix products, block by block: at the lengths of preference pairs the fused CPU kernel
-reaches a sixth of the matrix products' speed (docs/performance.md).
+takes twice as long (docs/performance.md).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -60,6 +60,11 @@ class Segments:
         return self.masks[key]
 
     @cached_property
+    def longest(self) -> int:
+        """Return the most keys of a segment."""
+        return max(b - a for a, b in pairwise(self.ends_k))
+
+    @cached_property
     def varlen(self) -> dict[str, Any]:
         """Return the arguments of one variable-length flash-attention call."""
         ends = [torch.tensor(e, dtype=torch.int32, device=self.keys_K.device) for e in (self.ends_q, self.ends_k)]
@@ -97,7 +102,7 @@ def blocks(segments: Segments, window: int | None) -> Iterator[Block]:
 class BlockAttention(torch.autograd.Function):
     """Attention by batched matrix products; the scores of a block are recomputed in the backward pass.
 
-    query (T, heads, d), key and value (K, kv heads, d), the keys gathered; returns (T, heads, d).
+    query (T, heads, d), key and value (T, kv heads, d); returns (T, heads, d).
     """
 
     @staticmethod
@@ -108,6 +113,7 @@ class BlockAttention(torch.autograd.Function):
         ctx.save_for_backward(query, key, value)
         ctx.segments, ctx.rule = segments, rule
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        key, value = (x.index_select(0, segments.keys_K) for x in (key, value))
         exact_k, v = key.to(_exact(key)).transpose(0, 1), value.transpose(0, 1)
         for block in blocks(segments, rule.window):
             q = _group(query[block.rows], len(v), exact_k.dtype)
@@ -121,8 +127,8 @@ class BlockAttention(torch.autograd.Function):
         query, key, value = ctx.saved_tensors
         segments, rule = ctx.segments, ctx.rule
         grad_q = torch.empty_like(query, memory_format=torch.contiguous_format)
-        dtype, exact = key.dtype, _exact(key)
-        k, v = key.transpose(0, 1), value.transpose(0, 1)
+        dtype, exact, tokens = key.dtype, _exact(key), len(key)
+        k, v = (x.index_select(0, segments.keys_K).transpose(0, 1) for x in (key, value))
         exact_k, grad_k, grad_v = k.to(exact), torch.zeros_like(k, dtype=exact), torch.zeros_like(v, dtype=exact)
         for block in blocks(segments, rule.window):
             rows, keys = block
@@ -134,7 +140,8 @@ class BlockAttention(torch.autograd.Function):
             scores = scores.mul_(rule.scale if slope is None else slope)
             _ungroup(scores @ k[:, keys], grad_q[rows])
             grad_k[:, keys] += scores.mT @ q
-        return grad_q, grad_k.transpose(0, 1).to(dtype), grad_v.transpose(0, 1).to(dtype), None, None
+        both = (x.new_zeros(len(x), tokens, x.shape[2]).index_add_(1, segments.keys_K, x) for x in (grad_k, grad_v))
+        return grad_q, *(x.transpose(0, 1).to(dtype) for x in both), None, None
 
 
 def _exact(x: Tensor) -> torch.dtype:
@@ -181,31 +188,40 @@ def attend(
     """
     assert not dropout, "attention dropout is off in every model this project loads"
     # A layer of Gemma or Mistral without a window says None; some say it in the module alone.
-    rule = ScoreRule(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
+    window = None if sliding_window is None or sliding_window >= segments.longest else sliding_window
+    rule = ScoreRule(query.shape[-1] ** -0.5 if scaling is None else scaling, window, softcap)
     # Autocast lowers the inputs of attention, as it does here; it must not lower the scores within.
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
     q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
-    k, v = (x.index_select(0, segments.keys_K) for x in (k, v))
     with torch.autocast(kind, enabled=False):
         return _attend(q, k, v, segments, rule)[None], None
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, rule: ScoreRule) -> Tensor:
-    """Choose the way; q (T, heads, d), gathered k and v (K, kv heads, d) -> (T, heads, d)."""
-    if q.is_cuda and (flash := _flash_attention(q.dtype)) is not None:
-        window = (-1, -1) if rule.window is None else (rule.window - 1, 0)
-        return flash(
-            q, k, v, **segments.varlen, softmax_scale=rule.scale, causal=True, window_size=window,
-            softcap=rule.cap or 0.0,
-        )  # fmt: skip
-    if q.is_cuda and rule.cap is None:
+    """Go the way that `way` says; q (T, heads, d), k and v (T, kv heads, d) -> (T, heads, d)."""
+    chosen = way(q.device.type, q.dtype)
+    if chosen == "blocks" or (chosen == "fused" and rule.cap is not None):
+        return BlockAttention.apply(q, k, v, segments, rule)
+    k, v = (x.index_select(0, segments.keys_K) for x in (k, v))
+    if chosen == "fused":
         return fused(q, k, v, segments, rule)
-    return BlockAttention.apply(q, k, v, segments, rule)
+    window = (-1, -1) if rule.window is None else (rule.window - 1, 0)
+    return _flash_attention()(
+        q, k, v, **segments.varlen, softmax_scale=rule.scale, causal=True, window_size=window,
+        softcap=rule.cap or 0.0,
+    )  # fmt: skip
+
+
+def way(device: str, dtype: torch.dtype) -> str:
+    """Return how attention is computed on a kind of device: flash, fused or blocks."""
+    if device == "cpu":
+        return "blocks"
+    return "flash" if dtype in (torch.bfloat16, torch.float16) and _flash_attention() is not None else "fused"
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor, segments: Segments, rule: ScoreRule) -> Tensor:
-    """Attend segment by segment with PyTorch's fused kernels; shapes as in `BlockAttention`."""
+    """Attend segment by segment with PyTorch's fused kernels, the keys gathered: k and v (K, kv heads, d)."""
     parts = []
     for rows, keys in segments:
         one = [x[None].transpose(1, 2) for x in (q[rows], k[keys], v[keys])]
@@ -221,10 +237,9 @@ def fused(q: Tensor, k: Tensor, v: Tensor, segments: Segments, rule: ScoreRule) 
     return torch.cat(parts)
 
 
-def _flash_attention(dtype: torch.dtype) -> Any:
-    """Return flash-attn's variable-length function where it is installed and takes `dtype`, else None."""
-    if dtype not in (torch.bfloat16, torch.float16):
-        return None
+@cache
+def _flash_attention() -> Any:
+    """Return flash-attn's variable-length function where it is installed, else None."""
     try:
         from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
     except ImportError:

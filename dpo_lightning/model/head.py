@@ -16,7 +16,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-CHUNK = 256  # rows of logits at a time: the matrix product is near its full speed, the tile 50 MB at 49,152 tokens
+TILE = 256 * 49_152  # logits at a time: the matrix product is near its full speed, and they are 50 MB in float32
+
+
+def chunk_rows(vocabulary: int) -> int:
+    """Return how many rows of logits are made at a time.
+
+    >>> chunk_rows(49_152), chunk_rows(256_000)
+    (256, 64)
+    """
+    return max(64, TILE // vocabulary // 64 * 64)
 
 
 @dataclass(frozen=True)
@@ -123,11 +132,12 @@ def _score(head: Any, logits: Callable[[Tensor], Tensor], x_SH: Tensor, y_S: Ten
     if type(head) is nn.Linear and head.bias is None:
         kind = x_SH.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
-        return LinearLogp.apply(x_SH.to(dtype), head.weight.to(dtype), y_S, rule, CHUNK)
+        return LinearLogp.apply(x_SH.to(dtype), head.weight.to(dtype), y_S, rule, chunk_rows(len(head.weight)))
 
     def logp(x: Tensor, y: Tensor) -> Tensor:  # a bias or an adapter on the head: plain autograd, recomputed
         scores = rule.apply(logits(x))
         return scores.gather(1, y[:, None])[:, 0] - scores.logsumexp(1)
 
-    parts = zip(x_SH.split(CHUNK), y_S.split(CHUNK), strict=True)
+    rows = chunk_rows(head.weight.shape[0])
+    parts = zip(x_SH.split(rows), y_S.split(rows), strict=True)
     return torch.cat([checkpoint(logp, x, y, use_reentrant=False) for x, y in parts])

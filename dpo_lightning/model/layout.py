@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from dpo_lightning.model import attention
 from dpo_lightning.model.logps import base_of, pair_logps, plain_logps
@@ -14,6 +15,7 @@ from dpo_lightning.types import Batch, UserError
 EXACT, ROUNDED = 1e-3, 0.1  # nats a token that two ways may differ by: float32, and 16-bit arithmetic
 LEAK = 1e-4  # nats; not 0, as experts regroup their tokens
 LENGTHS = [[11, 5, 9], [6, 12, 3]]
+OPENING = 4
 
 
 def choose_layout(model: Any, layout: str) -> str:
@@ -33,6 +35,8 @@ def choose_layout(model: Any, layout: str) -> str:
             )
     if layout == "padded":
         return "padded"
+    if layout == "auto" and any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
+        return "padded (dropout is on: chosen and rejected would share its mask over the prompt)"
     if (problem := _shared_problem(model, batch, tolerance)) is None:
         return "shared"
     set_layout(model, "padded")
@@ -73,11 +77,13 @@ def _gap(one: Any, other: Any) -> float:
 
 
 def probe(vocabulary: int, device: torch.device) -> Batch:
-    """Return two pairs of random tokens of uneven lengths."""
+    """Return two pairs of random tokens of uneven lengths, whose prompts open alike."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.tensor(LENGTHS)
     ids = torch.randint(vocabulary, (int(lengths.sum()),), generator=generator)
-    return Batch(ids.to(device), lengths, torch.arange(len(lengths)), len(lengths))
+    second = int(lengths[0].sum())
+    ids[second : second + OPENING] = ids[:OPENING]
+    return Batch(ids.to(device), lengths, torch.arange(len(lengths)), len(lengths), OPENING)
 
 
 def set_layout(model: Any, layout: str) -> None:

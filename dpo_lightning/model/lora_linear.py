@@ -44,7 +44,7 @@ class LoraLinear(Linear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return base and adapter's sum; x (..., in) -> (..., out)."""
         base: Any = self.base_layer
-        name = self.active_adapters[0]
+        name = self.active_adapters[0] if self.active_adapters else ""
         if args or kwargs or not self._is_plain(base, name):
             return super().forward(x, *args, **kwargs)
         kind = x.device.type
@@ -61,7 +61,7 @@ class LoraLinear(Linear):
         """Return whether nothing but one adapter is added, on a frozen weight that lies here whole."""
         return (
             type(base) is nn.Linear
-            and not base.weight.requires_grad
+            and not any(p.requires_grad for p in base.parameters())
             and not hasattr(base.weight, "ds_id")  # ZeRO-3 gathers it for its own module's forward alone
             and not self.disable_adapters
             and not self.merged

@@ -81,8 +81,9 @@ class Cached:
     def pair_logps(self, policy: Any, batch: Batch) -> PairLogps:
         """Return what the batch holds."""
         assert batch.reference_B2 is not None, "training/reference_cache.py gives every row its log-probabilities"
-        tokens_B2 = batch.lengths_B3[:, 1:].to(batch.reference_B2)
-        return PairLogps(*batch.reference_B2.unbind(1), *tokens_B2.unbind(1))
+        logps_B2 = torch.from_numpy(batch.reference_B2).to(batch.ids_T.device)
+        tokens_B2 = batch.lengths_B3[:, 1:].to(logps_B2)
+        return PairLogps(*logps_B2.unbind(1), *tokens_B2.unbind(1))
 
     def generator(self, policy: Any) -> tuple[Any, Any]:
         """Return the model that generates the reference's answers, and the context it does so in."""

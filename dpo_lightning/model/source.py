@@ -105,12 +105,15 @@ class ModelSource:
         return str(Path(self.name).absolute()) if Path(self.name).is_dir() else self.name
 
     def weights_digest(self) -> str:
-        """Return a text that changes with any weight and with the architecture."""
+        """Return a text that changes with any weight and with the architecture, read anew each time."""
         folder = Path(self.folder())
         if not folder.is_dir():
             folder = Path(str(cached_file(self.name, "config.json"))).parent
         digest = hashlib.sha256()
-        for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), folder / "config.json"]):
+        weights = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+        if not weights:
+            raise UserError(f"reference=cached: no weight files in {folder} to know the reference by; choose another")
+        for file in [*weights, folder / "config.json"]:
             with file.open("rb") as content:
                 digest.update(file.name.encode() + hashlib.file_digest(content, "sha256").digest())
         return digest.hexdigest()

@@ -23,7 +23,7 @@ class MetricLog(pl.Callback):
         self.latest: dict[str, float] = {}
         self.validations: list[dict[str, float]] = []
         self._logged_step = 0
-        self._since = time.perf_counter()
+        self._since = self._paused = time.perf_counter()
         self._pairs = self._tokens = self._positions = 0
         self._flops = 0.0
         self._needed: PairFlops | None = None
@@ -37,11 +37,10 @@ class MetricLog(pl.Callback):
             device, precision = pl_module.device, str(trainer.precision)
             kinds = {"bf16": torch.bfloat16, "16": torch.float16 if device.type == "cuda" else torch.bfloat16}
             self._peak = matmul_peak(device, kinds.get(precision.partition("-")[0], torch.float32))
-        self._restart()
+        self._restart(time.perf_counter())
 
-    def _restart(self) -> None:
-        self._since, self._pairs, self._tokens, self._positions = time.perf_counter(), 0, 0, 0
-        self._flops = 0.0
+    def _restart(self, now: float) -> None:
+        self._since, self._pairs, self._tokens, self._positions, self._flops = now, 0, 0, 0, 0.0
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
@@ -66,7 +65,8 @@ class MetricLog(pl.Callback):
     def _log_training(self, trainer: pl.Trainer, pl_module: Any) -> None:
         step = self._logged_step = trainer.global_step
         metrics = pl_module.meters["train"].read("train")
-        seconds = max(time.perf_counter() - self._since, 1e-9)
+        now = time.perf_counter()
+        seconds = max(now - self._since, 1e-9)
         metrics |= {
             "train/grad_norm": float(pl_module.grad_norm),
             "train/lr": pl_module.step_lr,
@@ -77,15 +77,19 @@ class MetricLog(pl.Callback):
         }
         if self._needed is not None:
             metrics["perf/mfu"] = self._flops / seconds / self._peak
+        self._restart(now)
         self._log(trainer, metrics, step)
-        self._restart()
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Stop the clock of the training."""
+        self._paused = time.perf_counter()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Log the validation's means, those before the first update too."""
         metrics = pl_module.meters["val"].read("val")
         self.validations.append({"step": trainer.global_step, **metrics})
         self._log(trainer, metrics, trainer.global_step)
-        self._restart()
+        self._since += time.perf_counter() - self._paused
 
     def is_stale(self, trainer: pl.Trainer) -> bool:
         """Return whether the weights have changed since the last validation; never where validation is off."""

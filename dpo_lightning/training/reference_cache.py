@@ -7,21 +7,36 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
 import transformers
-from rich.console import Console
-from rich.progress import track
 
 from dpo_lightning.data.batches import MicroBatch, PairTable, ValidationOrder
 from dpo_lightning.data.reference_store import ReferenceStore
+from dpo_lightning.model.attention import way
 from dpo_lightning.model.logps import base_of
 from dpo_lightning.training.interrupt import Interrupt
 
 VERSION = 1  # part of the key: raise it when the same pair would get other log-probabilities
+TOLD_EVERY = 60.0  # seconds between lines on a pass that takes long
+
+
+class Work(NamedTuple):
+    """One table's pairs: their keys, what is known of them, and the batches of those that are missing."""
+
+    pairs: PairTable
+    keys_N: np.ndarray
+    known_N2: np.ndarray
+    batches: Sequence[MicroBatch]
+    ahead: int  # pairs that the run can meet
+
+    @property
+    def missing(self) -> list[int]:
+        """Return the rows of the batches."""
+        return [row for batch in self.batches for row in batch.rows]
 
 
 class ReferenceCache(pl.Callback):
@@ -36,61 +51,104 @@ class ReferenceCache(pl.Callback):
 
     def __init__(self, folder: Path, weights_digest: Callable[[], str], interrupt: Interrupt):
         self.folder, self.weights_digest, self.interrupt = folder, weights_digest, interrupt
+        self.cannot_keep = False
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Look up every pair, compute the missing ones in order of length, and keep them."""
+        """Look up every pair that the run can meet, compute the missing ones, the longest first, and keep them."""
+        began = time.perf_counter()
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        keys = {name: data.keys(pairs.table) for name, pairs in data.pairs.items()}
-        store: Any = trainer.strategy.broadcast(self._store(trainer, pl_module) if trainer.is_global_zero else None)
-        began, missing = time.perf_counter(), 0
-        for name, pairs in data.pairs.items():
-            # Rank 0 decides what is missing: others may see a fuller file a moment later.
-            known_N2: Any = trainer.strategy.broadcast(store.find(keys[name]) if trainer.is_global_zero else None)
-            rows = np.flatnonzero(np.isnan(known_N2[:, 0]))
-            missing += len(rows)
-            if len(rows):
-                order = ValidationOrder(data.lengths(pairs.table.select(rows)).sum(1), data.batch_size)
-                batches = [MicroBatch(tuple(rows[list(micro.rows)].tolist()), 1) for micro in order]
-                self._compute(trainer, pl_module, pairs, batches, keys[name], known_N2, store)
-            pairs.reference_N2 = known_N2
+        store = from_rank_0(trainer, lambda: self._store(trainer, pl_module))
+        work = [self._look_up(trainer, data, name, store) for name in data.pairs]
+        missing, ahead = sum(len(part.missing) for part in work), sum(part.ahead for part in work)
+        if missing:
+            self._compute(trainer, pl_module, work, store)
+        for part in work:
+            part.pairs.reference_N2 = part.known_N2
         if trainer.is_global_zero:
             seconds = f" in {time.perf_counter() - began:.0f} s" if missing else ""
-            print(f"reference: {missing} of {sum(map(len, keys.values()))} pairs computed{seconds}, the others cached")
+            print(f"reference: {missing} of {ahead} pairs computed{seconds}, the others cached")
 
     def _store(self, trainer: pl.Trainer, pl_module: Any) -> ReferenceStore:
         """Return the store of this reference under these numerics: nothing else may be part of its name."""
-        embeddings = base_of(pl_module.policy).get_input_embeddings().weight
+        base, device = base_of(pl_module.policy), trainer.strategy.root_device
+        embeddings = base.get_input_embeddings().weight
+        layout = pl_module.layout.split()[0]
+        kind = "16" in str(trainer.precision)
         numerics = {
             "version": VERSION, "weights": self.weights_digest(), "precision": trainer.precision,
-            "stored": str(embeddings.dtype), "layout": pl_module.layout.split()[0],
-            "device": trainer.strategy.root_device.type, "torch": torch.__version__,
+            "stored": str(embeddings.dtype), "layout": layout, "device": device.type,
+            "attention": way(device.type, torch.bfloat16 if kind else torch.float32) if layout == "shared"
+            else base.dpo_stock_attention,
+            "matmul": torch.get_float32_matmul_precision(), "torch": torch.__version__,
             "transformers": transformers.__version__,
         }  # fmt: skip
         name = hashlib.sha256(json.dumps(numerics, sort_keys=True).encode()).hexdigest()[:32]
         return ReferenceStore(self.folder / name)
 
+    def _look_up(self, trainer: pl.Trainer, data: Any, name: str, store: ReferenceStore) -> Work:
+        pairs = data.pairs[name]
+        keys_N = data.keys(pairs.table)
+        # Rank 0 decides what is missing: others may see a fuller file a moment later.
+        known_N2 = from_rank_0(trainer, lambda: store.find(keys_N))
+        ahead = data.rows_ahead(name)
+        rows = ahead[np.isnan(known_N2[ahead, 0])]
+        batches: list[MicroBatch] = []
+        if len(rows):
+            order = ValidationOrder(data.lengths(pairs.table.select(rows)).sum(1), data.batch_size)
+            batches = [MicroBatch(tuple(rows[list(micro.rows)].tolist()), 1) for micro in order]
+        return Work(pairs, keys_N, known_N2, batches[::-1], len(ahead))
+
     @torch.no_grad()
-    def _compute(
-        self, trainer: pl.Trainer, pl_module: Any, table: PairTable, batches: Sequence[MicroBatch], keys_N: np.ndarray,
-        known_N2: np.ndarray, store: ReferenceStore,
-    ) -> None:  # fmt: skip
-        """Compute the batches, each rank its share, and write them into `known_N2` and the store."""
-        device = trainer.strategy.root_device
+    def _compute(self, trainer: pl.Trainer, pl_module: Any, work: Sequence[Work], store: ReferenceStore) -> None:
+        """Compute the batches, each rank its share in the same number of rounds, as sharded models demand."""
+        device, world = trainer.strategy.root_device, trainer.world_size
         live = pl_module.reference.live(device)
-        computed_N2 = torch.zeros(known_N2.shape, dtype=torch.float32, device=device)
-        console = Console()
-        rounds = range(trainer.global_rank, len(batches), trainer.world_size)
-        silent = not (console.is_terminal and trainer.is_global_zero)
-        for i in track(rounds, "reference", console=console, transient=True, disable=silent):
-            if self.interrupt.requested:
+        told, done = time.perf_counter(), 0
+        computed = [torch.zeros(part.known_N2.shape, device=device) for part in work]
+        todo = [(n, batch) for n, part in enumerate(work) for batch in part.batches]
+        for first in range(0, len(todo), world):
+            if trainer.strategy.reduce_boolean_decision(self.interrupt.requested, all=False):
                 raise KeyboardInterrupt
+            mine = first + trainer.global_rank < len(todo)
+            n, batch = todo[first + trainer.global_rank if mine else first]
             with trainer.precision_plugin.forward_context():
-                logps = live.pair_logps(pl_module.policy, table[batches[i]].to(device))
-            rows = list(batches[i].rows)
-            logps_B2 = torch.stack([logps.chosen, logps.rejected], 1)
-            store.append(keys_N[rows], logps_B2.cpu().numpy())
-            computed_N2[rows] = logps_B2
-        if trainer.world_size > 1:
-            torch.distributed.all_reduce(computed_N2)
-        rows = [row for batch in batches for row in batch.rows]
-        known_N2[rows] = computed_N2.cpu().numpy()[rows]
+                logps = live.pair_logps(pl_module.policy, work[n].pairs[batch].to(device))
+            rows = list(batch.rows)
+            if mine:
+                computed[n][rows] = torch.stack([logps.chosen, logps.rejected], 1)
+                self._keep(store, work[n].keys_N[rows], computed[n][rows].cpu().numpy())
+            done += sum(len(batch.rows) for _, batch in todo[first : first + world])
+            if trainer.is_global_zero and time.perf_counter() - told > TOLD_EVERY:
+                told = time.perf_counter()
+                print(f"reference: {done} of {sum(len(part.missing) for part in work)} missing pairs done", flush=True)
+        for part, own_N2 in zip(work, computed, strict=True):
+            if world > 1:
+                torch.distributed.all_reduce(own_N2)
+            rows = part.missing
+            part.known_N2[rows] = own_N2.cpu().numpy()[rows]
+            if trainer.num_nodes > 1 and trainer.local_rank == 0:  # this node's cache may be its own
+                lacking = np.isnan(store.find(part.keys_N[rows])[:, 0])
+                self._keep(store, part.keys_N[rows][lacking], part.known_N2[rows][lacking])
+
+    def _keep(self, store: ReferenceStore, keys_N: np.ndarray, logps_N2: np.ndarray) -> None:
+        """Write into the store; a full or read-only disk costs the next run its time, not this one its life."""
+        try:
+            store.append(keys_N, logps_N2)
+        except OSError as error:
+            if not self.cannot_keep:
+                print(f"warning: the reference's log-probabilities cannot be kept: {error}", flush=True)
+            self.cannot_keep = True
+
+
+def from_rank_0(trainer: pl.Trainer, make: Callable[[], Any]) -> Any:
+    """Return on every rank what rank 0 makes; raise on every rank what it raises."""
+    outcome = None
+    if trainer.is_global_zero:
+        try:
+            outcome = make()
+        except Exception as error:
+            outcome = error
+    outcome = trainer.strategy.broadcast(outcome)
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome

@@ -10,6 +10,8 @@ from torch import Tensor
 from dpo_lightning.types import PairLogps
 
 EXACT, ROUNDED = 1e-6, 5e-3  # on the loss: float32, and 16-bit arithmetic
+# Nats a token: a cached log-probability was computed in another batch, so it is rounded otherwise.
+EXACT_CACHED, ROUNDED_CACHED = 1e-4, 0.05
 
 
 class StartError(RuntimeError):
@@ -17,16 +19,21 @@ class StartError(RuntimeError):
 
 
 def check_start(module: Any, policy: PairLogps, reference: PairLogps, loss_B: Tensor) -> None:
-    """Raise StartError unless the loss is that of equal models (ln 2 for DPO)."""
+    """Raise StartError unless policy and reference are equal, and the loss that of equal models (ln 2 for DPO)."""
     equal = PairLogps(*(torch.ones_like(part) for part in policy))
     expected = module.loss(equal, equal).mean().item()
     loss = loss_B.detach().mean().item()
     rounded = "16" in str(module.trainer.precision)
-    if not abs(loss - expected) <= (ROUNDED if rounded else EXACT) * max(1.0, expected):
-        gap_B = (policy.chosen - reference.chosen).detach().abs()
+    gaps_2B = torch.cat([policy.chosen - reference.chosen, policy.rejected - reference.rejected]).detach().abs()
+    if module.reference.name == "cached":
+        tokens_2B = torch.cat([policy.chosen_tokens, policy.rejected_tokens])
+        holds = (gaps_2B / tokens_2B).max().item() <= (ROUNDED_CACHED if rounded else EXACT_CACHED)
+    else:
+        holds = abs(loss - expected) <= (ROUNDED if rounded else EXACT) * max(1.0, expected)
+    if not holds:
         raise StartError(
             f"the first loss is {loss:.6f} and should be {expected:.6f}, as policy and reference are equal before the "
-            f"first update; their log-probabilities differ by up to {gap_B.max().item():.4g}. One of these is wrong: "
+            f"first update; their log-probabilities differ by up to {gaps_2B.max().item():.4g}. One of these is wrong: "
             "the reference is not the base model, the adapter did not start at zero, a dropout is on, or the "
             "log-probabilities are computed differently"
         )

@@ -29,12 +29,13 @@ class Children:
             self.write_pairs(json.loads(words[-1]))
         elif "benchmarks.trl_arm" in words:
             job = json.loads(words[-1])
-            step = {"seconds": 4.0, "loss": self.loss["trl"], "grad_norm": 1.0}
+            step = {"seconds": 4.0, "loss": self.loss["trl"], "grad_norm": 1.0, "chosen": -9.0, "rejected": -8.0}
             steps = [step] * (job["config"]["max_steps"] - self.lost_steps)
             Path(job["out"]).write_text(json.dumps({"steps": steps, "digest": self.digest}))
         elif "dpo_lightning" in words:
             told = dict(word.split("=", 1) for word in words[3:])
-            row = {"train/loss": self.loss["ours"], "train/grad_norm": 1.0, "perf/pairs_per_second": 8.0}
+            logps = {"train/logps/chosen": -9.0, "train/logps/rejected": -8.0}
+            row = {"train/loss": self.loss["ours"], "train/grad_norm": 1.0, "perf/pairs_per_second": 8.0, **logps}
             Path(told["run_dir"], "metrics.jsonl").write_text(f"{json.dumps(row)}\n" * int(told["trainer.max_steps"]))
         return runs.Child(10**12, 9.0)
 
@@ -64,7 +65,7 @@ def test_parity_first_then_rounds_in_which_the_arms_take_turns_each_saved_at_onc
     assert children.started == [*before, *trained]
     assert children.saved[-4:] == [0, 1, 2, 3]
     assert load(children.file) == record
-    assert record.parity == {"loss": 0, "grad_norm": 0}
+    assert record.parity == {"loss": 0, "grad_norm": 0, "chosen": 0, "rejected": 0}
     assert [[step.seconds for step in run.steps] for run in record.runs] == [[4.0] * 3, [1.0] * 3] * 2
     assert len(record.pairs["lengths"]) == 3 * 8
 
@@ -90,7 +91,7 @@ def test_different_tokens_and_lost_steps_stop_it(children: Children):
     with pytest.raises(runs.BenchmarkError, match="TRL made other tokens"):
         bench(children)
     children.digest, children.lost_steps = "d", 1
-    with pytest.raises(runs.BenchmarkError, match="trl-shipped: 1 steps instead of 2"):
+    with pytest.raises(runs.BenchmarkError, match="trl-shipped: 2 steps instead of 3"):
         bench(children)
 
 

@@ -16,7 +16,7 @@ WORKLOAD = Workload("hh-lora", "hh", lora=True, lr=1e-4, arms=(SHIPPED, LIVE), w
 
 
 def run(arm: str, number: int, seconds: list[float], rss: int = 500 * MB, mfu: float | None = None) -> Run:
-    return Run(arm, number, [Step(s, 0.5, 1.0, mfu) for s in seconds], rss, 100.0, 0.1)
+    return Run(arm, number, [Step(s, 0.5, 1.0, -9.0, -9.0, mfu) for s in seconds], rss, 100.0, 0.1)
 
 
 def record(*runs: Run, workload: Workload = WORKLOAD, rounds: int = 3) -> Record:
@@ -61,7 +61,7 @@ def test_memory_is_above_each_programs_own_imports():
 
 def test_mfu_is_over_the_whole_time_of_the_timed_steps():
     target = Target("mfu", "mfu", LIVE)
-    steps = [Step(1, 0.5, 1, 0.9), Step(1, 0.5, 1, 0.8), Step(3, 0.5, 1, 0.4)]
+    steps = [Step(seconds, 0.5, 1, -9, -9, mfu) for seconds, mfu in ((1, 0.9), (1, 0.8), (3, 0.4))]
     found = table.measured(target, record(replace(run(LIVE, 1, []), steps=steps)))
     assert found is not None
     assert found.median == pytest.approx((1 * 0.8 + 3 * 0.4) / 4)
@@ -92,7 +92,8 @@ def test_report_has_ratios_and_arms():
     text = table.write(record(run(SHIPPED, 1, [9, 30, 10], 1100 * MB), run(LIVE, 1, [4, 4, 4], 700 * MB)))
     speed = "speed against shipped, both paying for the reference"
     assert cells(text, speed) == [speed, "5x", "5x to 5x", "5x", "8x", "met"]
-    assert cells(text, LIVE)[1:5] == ["0.500 (0.500 to 0.500)", "0.50 (0.50 to 0.50)", "1 + 2", "1.00 (1.00 to 1.00)"]
+    assert cells(text, LIVE)[1:4] == ["0.500 (0.500 to 0.500)", "0.50 (0.50 to 0.50)", "0.70 (0.70 to 0.70)"]
+    assert cells(text, LIVE)[4:6] == ["1 + 2", "1.00 (1.00 to 1.00)"]
     assert cells(text, LIVE)[5] == "88"  # 100 s of process, 12 s of steps
     assert "4 of 6 runs are missing" in text
     assert "gone through 2 times" in text
@@ -138,13 +139,15 @@ def test_what_was_cut_off_goes_on_where_it_stopped(tmp_path: Path):
 
 
 def test_parity_tells_what_differs():
-    ours = [Step(1, 0.6931, 2.0), Step(1, 0.7, 2.1)]
-    theirs = [Step(9, 0.6931, 2.005), Step(9, 0.70005, 2.1)]
-    assert compare(theirs, ours) == pytest.approx({"loss": 5e-5, "grad_norm": 5e-3})
+    ours = [Step(1, 0.6931, 2.0, -9, -8), Step(1, 0.7, 2.1, -9, -8)]
+    theirs = [Step(9, 0.6931, 2.005, -9, -8), Step(9, 0.70005, 2.1, -9, -8.003)]
+    assert compare(theirs, ours) == pytest.approx({"loss": 5e-5, "grad_norm": 5e-3, "chosen": 0, "rejected": 3e-3})
     with pytest.raises(BenchmarkError, match=r"loss differs by 0.0005, allowed 0.0001$"):
-        compare(theirs, [ours[0], Step(1, 0.69955, 2.1)])
+        compare(theirs, [ours[0], replace(ours[1], loss=0.69955)])
+    with pytest.raises(BenchmarkError, match=r"rejected differs by 0.023, allowed 0.01$"):
+        compare(theirs, [ours[0], replace(ours[1], rejected=-7.98)])
     with pytest.raises(BenchmarkError, match=r"grad_norm differs by nan"):
-        compare(theirs, [ours[0], Step(1, 0.7, float("nan"))])
+        compare(theirs, [ours[0], replace(ours[1], grad_norm=float("nan"))])
 
 
 def test_options_change_the_workloads(capsys):

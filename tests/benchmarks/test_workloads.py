@@ -121,13 +121,15 @@ def test_environment_is_the_arms_own(tmp_path: Path):
 
 
 def test_steps_are_read_from_what_a_run_left(tmp_path: Path):
-    row = {"step": 1, "train/loss": 0.5, "train/grad_norm": 2.0, "perf/pairs_per_second": 4.0}
+    logps = {"train/logps/chosen": -9.0, "train/logps/rejected": -8.0}
+    row = {"step": 1, "train/loss": 0.5, "train/grad_norm": 2.0, "perf/pairs_per_second": 4.0, **logps}
     lines = [row, {"step": 2, "val/loss": 0.4}, {**row, "step": 2, "perf/mfu": 0.6}]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     read = arms.read_steps(LIVE, tmp_path, pairs=8)
-    assert read == [arms.Step(2.0, 0.5, 2.0), arms.Step(2.0, 0.5, 2.0, 0.6)]
-    (tmp_path / "trl.json").write_text(json.dumps({"steps": [{"seconds": 3.0, "loss": 0.5, "grad_norm": 2.0}]}))
-    assert arms.read_steps(SHIPPED, tmp_path, pairs=8) == [arms.Step(3.0, 0.5, 2.0)]
+    assert read == [arms.Step(2.0, 0.5, 2.0, -9.0, -8.0), arms.Step(2.0, 0.5, 2.0, -9.0, -8.0, 0.6)]
+    step = {"seconds": 3.0, "loss": 0.5, "grad_norm": 2.0, "chosen": -9.0, "rejected": -8.0}
+    (tmp_path / "trl.json").write_text(json.dumps({"steps": [step]}))
+    assert arms.read_steps(SHIPPED, tmp_path, pairs=8) == [arms.Step(3.0, 0.5, 2.0, -9.0, -8.0)]
 
 
 def test_a_childs_memory_is_its_own(tmp_path: Path):

@@ -69,7 +69,9 @@ def test_a_table_holds_ids_key_and_question(tmp_path: Path, tokenizer: Any) -> N
     ]
     table, census = made(source(tmp_path, [*ROWS, {**ROWS[0], "prompt": talk}]), tokenizer)
     assert census == Census(rows=7, pairs=7, truncated=0, conversations=1, skipped={})
-    assert table.column_names == ["prompt", "chosen", "rejected", "lengths", "prompt_key", "question"]
+    assert table.column_names == ["prompt", "chosen", "rejected", "lengths", "key", "prompt_key", "question"]
+    keys = [bytes(key) for key in table["key"]]
+    assert {len(key) for key in keys} == {16} and len({*keys}) == len(keys)
     assert text(tokenizer, table, 4) == ("<|bos|>Q4", "yes 4<|end|>", "no 4<|end|>")
     assert table[4]["lengths"] == [3, 6, 5]
     assert table[6]["question"] == "W"

@@ -52,6 +52,15 @@ def test_a_writer_killed_within_a_record_costs_that_record_alone(store):
     assert not np.isnan(store.find(some(4)[0])).any()
 
 
+@pytest.mark.parametrize("left", [0, 20])
+def test_a_writer_killed_within_its_first_record_leaves_an_empty_store(store, left):
+    store.append(*some(1))
+    os.truncate(store.file, left)
+    assert np.isnan(store.find(some(2)[0])).all()
+    store.append(*some(2))
+    assert np.array_equal(store.find(some(2)[0]), some(2)[1])
+
+
 @pytest.mark.parametrize("byte", range(RECORD.itemsize))
 def test_a_changed_byte_makes_a_record_unknown_never_wrong(store, byte):
     store.append(*some(3))

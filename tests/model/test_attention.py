@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dpo_lightning.model import attention
-from dpo_lightning.model.attention import BlockAttention, ScoreRule, attend, fused
+from dpo_lightning.model.attention import BlockAttention, ScoreRule, attend, fused, way
 from dpo_lightning.model.shared_prefix import plan
 
 LENGTHS = torch.tensor([[11, 5, 9], [6, 12, 3], [4, 1, 1]])
@@ -46,7 +46,7 @@ def test_blocks_equal_the_definition(window, cap, opening):
     row, (q, k, v), g = inputs(opening)
     rule = ScoreRule(0.3, window, cap)
     expected = by_definition(row, q, k, v, rule)
-    out = BlockAttention.apply(q, k[row.segments.keys_K], v[row.segments.keys_K], row.segments, rule)
+    out = BlockAttention.apply(q, k, v, row.segments, rule)
     torch.testing.assert_close(out, expected, atol=2e-6, rtol=0)
     ours, theirs = (torch.autograd.grad(o, (q, k, v), g, retain_graph=True) for o in (out, expected))
     torch.testing.assert_close(ours, theirs, atol=5e-6, rtol=0)
@@ -60,7 +60,8 @@ def test_the_fused_way_of_cuda_equals_the_definition(window, cap):
     torch.testing.assert_close(out, by_definition(row, q, k, v, rule), atol=2e-6, rtol=0)
 
 
-def test_the_variable_length_call_of_flash_attention_gets_the_same_segments():
+@pytest.mark.parametrize("window", [None, 6, 100])
+def test_the_variable_length_call_of_flash_attention_gets_the_same_segments(window, monkeypatch):
     """flash-attn's contract (causal, ends aligned) in its own argument names; no GPU here runs the real one."""
     row, (q, k, v), _ = inputs(3)
 
@@ -72,27 +73,35 @@ def test_the_variable_length_call_of_flash_attention_gets_the_same_segments():
             qs, ks = slice(*cu_seqlens_q[i : i + 2].tolist()), slice(*cu_seqlens_k[i : i + 2].tolist())
             ahead = (ks.stop - ks.start) - (qs.stop - qs.start)
             for j in range(qs.stop - qs.start):
-                first = ks.start + max(0, ahead + j - window_size[0])
+                first = ks.start + (max(0, ahead + j - window_size[0]) if window_size[0] >= 0 else 0)
                 keys = slice(first, ks.start + ahead + j + 1)
                 kk, vv = (x[keys].repeat_interleave(2, 1) for x in (k, v))
                 weights = (torch.einsum("hd,khd->hk", q[qs.start + j], kk) * softmax_scale).softmax(-1)
                 out.append(torch.einsum("hk,khd->hd", weights, vv))
         return torch.stack(out)
 
-    keys = row.segments.keys_K
-    out = flash(
-        q, k[keys], v[keys], **row.segments.varlen, softmax_scale=0.3, causal=True, window_size=(5, 0), softcap=0
-    )
-    torch.testing.assert_close(out, by_definition(row, q, k, v, ScoreRule(0.3, 6, None)), atol=2e-6, rtol=0)
+    monkeypatch.setattr(attention, "way", lambda device, dtype: "flash")
+    monkeypatch.setattr(attention, "_flash_attention", lambda: flash)
+    shaped = [x.transpose(0, 1)[None] for x in (q, k, v)]
+    out, _ = attend(None, shaped[0], shaped[1], shaped[2], None, segments=row.segments, sliding_window=window)
+    torch.testing.assert_close(out[0], by_definition(row, q, k, v, ScoreRule(8**-0.5, window, None)), atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_which_way_is_gone(kind, monkeypatch):
+    monkeypatch.setattr(attention, "_flash_attention", lambda: None)
+    assert way(kind, torch.bfloat16) == ("blocks" if kind == "cpu" else "fused")
+    monkeypatch.setattr(attention, "_flash_attention", lambda: print)
+    assert way(kind, torch.bfloat16) == ("blocks" if kind == "cpu" else "flash")
+    assert way(kind, torch.float32) == ("blocks" if kind == "cpu" else "fused")
 
 
 @pytest.mark.parametrize("rule", [ScoreRule(0.3, None, None), ScoreRule(0.3, 3, 2.0)])
 def test_gradients_are_exact(rule):
     row, (q, k, v), _ = inputs(2, heads=2, kv_heads=1, d=3, dtype=torch.float64)
-    keys = row.segments.keys_K
 
     def attended(q, k, v):
-        return BlockAttention.apply(q, k[keys], v[keys], row.segments, rule)
+        return BlockAttention.apply(q, k, v, row.segments, rule)
 
     assert torch.autograd.gradcheck(attended, (q, k, v), fast_mode=True)
 
@@ -101,14 +110,17 @@ def test_bfloat16_is_as_near_as_the_fused_kernel():
     row, make, g = inputs(3, d=64)
     rule, keys = ScoreRule(0.125, None, None), row.segments.keys_K
 
+    def by_fused(q, k, v, *rest):
+        return fused(q, k[keys], v[keys], *rest)
+
     def error(function, dtype):
         q, k, v = (x.detach().to(dtype).requires_grad_() for x in make)
-        out = function(q, k[keys], v[keys], row.segments, rule)
+        out = function(q, k, v, row.segments, rule)
         return [x.float() for x in (out, *torch.autograd.grad(out, (q, k, v), g.to(dtype)))]
 
-    exact = error(fused, torch.float32)
+    exact = error(by_fused, torch.float32)
     for ours, theirs, true in zip(
-        error(BlockAttention.apply, torch.bfloat16), error(fused, torch.bfloat16), exact, strict=True
+        error(BlockAttention.apply, torch.bfloat16), error(by_fused, torch.bfloat16), exact, strict=True
     ):
         assert (ours - true).norm() < 1.5 * (theirs - true).norm() < 0.02 * true.norm()
 

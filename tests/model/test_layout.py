@@ -64,8 +64,9 @@ def test_shared_prefix_equals_padded_pairs(architecture, lora):
         assert (shared_grads[name] - grad).abs().max() <= 1e-5 * largest, name
 
 
-def test_gradient_checkpointing_changes_nothing():
-    model = model_of("mistral", SHARED["mistral"])
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma2", "phi3"])
+def test_gradient_checkpointing_changes_nothing(architecture):
+    model = model_of(architecture, SHARED[architecture])
     batch = probe(97, torch.device("cpu"))
     _, without = measured(model, "shared", batch)
     checkpoint_activations(model)
@@ -80,6 +81,14 @@ def test_a_model_that_cannot_share_is_scored_padded_and_says_so(architecture):
     assert choose_layout(model, "auto").startswith("padded (in the shared prefix chosen tokens reach the rejected")
     with pytest.raises(UserError, match=r"data\.layout=shared: .*; use data\.layout=auto or padded"):
         choose_layout(model, "shared")
+
+
+def test_dropout_in_training_is_scored_padded_unless_shared_is_asked_for():
+    dropping = add_lora(model_of("llama", {}), r=4, lora_alpha=8, lora_dropout=0.1, target_modules="all-linear")
+    assert choose_layout(dropping, "auto") == (
+        "padded (dropout is on: chosen and rejected would share its mask over the prompt)"
+    )
+    assert choose_layout(dropping, "shared") == "shared"
 
 
 @pytest.mark.parametrize("layout", ["padded", "shared"])

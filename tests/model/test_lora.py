@@ -37,9 +37,12 @@ def grads(layer, forward, autocast):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("autocast", [False, True])
-def test_one_piece_equals_peft(model, autocast, bias):
+@pytest.mark.parametrize(
+    ("stored", "autocast"), [(torch.float32, False), (torch.float32, True), (torch.bfloat16, True)]
+)
+def test_one_piece_equals_peft(model, stored, autocast, bias):
     layer = layer_of(model)
+    layer.base_layer.to(stored)
     if bias:
         layer.base_layer.bias = nn.Parameter(torch.randn(layer.base_layer.out_features), requires_grad=False)
     ours, theirs = grads(layer, LoraLinear.forward, autocast), grads(layer, Linear.forward, autocast)

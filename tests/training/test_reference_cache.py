@@ -16,7 +16,7 @@ from dpo_lightning.training.start import StartError
 
 WORDS = [
     "model=tiny", "logger=none", "callbacks=none", "samples.count=0", "trainer.precision=32-true", "resume=never",
-    "trainer.max_steps=3", "data.max_length=448", "data.max_pairs=40", "data.batch_size=4", "optim.schedule=constant",
+    "data.max_length=448", "data.max_pairs=40", "data.batch_size=4", "optim.schedule=constant",
 ]  # fmt: skip
 PAIRS = 40
 
@@ -53,11 +53,23 @@ def test_cached_equals_live(train, lora, extra):
     fresh, computed = train(*lora, *extra, "reference=cached")
     again, found = train(*lora, *extra, "reference=cached")
     assert (none, computed, found) == ([], [PAIRS], [0])
-    assert len(live) == 5 and live[1]["train/loss"] > 0.69 > live[3]["train/loss"]
+    assert len(live) == 11 and live[1]["train/loss"] > 0.69 > live[9]["train/loss"]
     for cached in (fresh, again):
         for one, other in zip(cached, live, strict=True):
             for key in (k for k in one if k.startswith(("train/", "val/"))):
                 assert one[key] == pytest.approx(other[key], abs=2e-5, rel=1e-5), (one["step"], key)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_cached_equals_live_in_bfloat16(train, precision):
+    words = [f"trainer.precision={precision}", "loss.beta=0.01"]
+    live, _ = train(*words, "reference=adapter_off")
+    cached, computed = train(*words, "reference=cached")
+    assert computed == [PAIRS]
+    for one, other in zip(cached, live, strict=True):
+        for key in ("rewards/chosen", "rewards/rejected"):
+            values = [row.get(f"train/{key}", row.get(f"val/{key}")) for row in (one, other)]
+            assert values[0] == pytest.approx(values[1], abs=0.01 * 0.2), (one["step"], key)  # 0.2 nats of 2000
 
 
 def test_only_what_changes_the_numbers_is_in_the_key(train):
@@ -77,6 +89,26 @@ def test_the_second_trial_of_a_sweep_computes_nothing(cli, capfd, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     assert cli("-m", *WORDS, "optim.lr=1e-3,2e-3") == 0
     assert computed_by(capfd) == [PAIRS, 0]
+
+
+def test_a_trial_of_a_wandb_sweep_is_one_of_many(train, monkeypatch):
+    monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
+    assert (train()[1], train()[1]) == ([PAIRS], [0])
+
+
+def test_a_disk_that_keeps_nothing_costs_no_training(train, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ReferenceStore, "append", full)
+    assert train("reference=cached")[1] == train("reference=cached")[1] == [PAIRS]
+
+
+def test_a_run_shorter_than_an_epoch_computes_what_it_meets(train):
+    short = ["reference=cached", "trainer.max_steps=2", "trainer.limit_val_batches=0"]
+    assert train(*short)[1] == [8]
+    assert train(*short, "trainer.max_steps=3")[1] == [4]
+    assert train(*short, "trainer.max_steps=3", "seed=5")[1][0] > 0
 
 
 def test_a_second_epoch_is_reason_enough():
@@ -122,15 +154,16 @@ def process(cache, *words, **options):
 
 
 def test_two_ranks_compute_each_pair_once_together(train, cache, tmp_path, metrics):
-    one, computed = train("reference=cached", "data.batch_size=4")
+    three = "trainer.max_steps=3"
+    one, (pairs,) = train("reference=cached", three)
     (file,) = (cache / "reference").iterdir()
     alone = np.sort(np.fromfile(file, RECORD), order="key")
     file.unlink()
     out, err = (run := process(
-        cache, "trainer.devices=2", "strategy=ddp", "data.batch_size=2", f"run_dir={tmp_path / 'two'}"
+        cache, "trainer.devices=2", "strategy=ddp", three, "data.batch_size=2", f"run_dir={tmp_path / 'two'}"
     )).communicate(timeout=240)  # fmt: skip
     assert run.returncode == 0, err
-    assert f"reference: {PAIRS} of {PAIRS} pairs computed" in out and computed == [PAIRS]
+    assert f"reference: {pairs} of {pairs} pairs computed" in out
     together = np.sort(np.fromfile(file, RECORD), order="key")
     assert np.array_equal(together["key"], alone["key"])
     assert np.allclose(together["logps"], alone["logps"], atol=2e-4)

