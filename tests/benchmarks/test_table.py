@@ -94,7 +94,7 @@ def test_report_has_ratios_and_arms():
     assert cells(text, speed) == [speed, "5x", "5x to 5x", "5x", "8x", "met"]
     assert cells(text, LIVE)[1:4] == ["0.500 (0.500 to 0.500)", "0.50 (0.50 to 0.50)", "0.70 (0.70 to 0.70)"]
     assert cells(text, LIVE)[4:6] == ["1 + 2", "1.00 (1.00 to 1.00)"]
-    assert cells(text, LIVE)[5] == "88"  # 100 s of process, 12 s of steps
+    assert cells(text, LIVE)[6] == "88"  # 100 s of process, 12 s of steps
     assert "4 of 6 runs are missing" in text
     assert "gone through 2 times" in text
 

@@ -57,7 +57,8 @@ def test_cached_equals_live(train, lora, extra):
     for cached in (fresh, again):
         for one, other in zip(cached, live, strict=True):
             for key in (k for k in one if k.startswith(("train/", "val/"))):
-                assert one[key] == pytest.approx(other[key], abs=2e-5, rel=1e-5), (one["step"], key)
+                bound = 1e-4 if key == "train/grad_norm" else 1e-5
+                assert one[key] == pytest.approx(other[key], abs=2e-5, rel=bound), (one["step"], key)
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
