@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import lightning.pytorch as pl
@@ -62,8 +62,7 @@ class PreferenceData(pl.LightningDataModule):
         if self.val_source is not None:
             self.train, self.val = table, self._table(self.val_source)[0]
         else:
-            columns = table.with_format("numpy")
-            train, val = split(np.asarray(columns["prompt_key"]), self.val_fraction)
+            train, val = split(_prompts(table), self.val_fraction)
             self.train, self.val = table.select(train), table.select(val)
         self.pairs = {"train": PairTable(self.train), "val": PairTable(self.val)}
 
@@ -96,19 +95,15 @@ class PreferenceData(pl.LightningDataModule):
 
     def shared_prompts(self) -> int:
         """Return how many validation pairs have a prompt that is trained on: 0 unless validation data were given."""
-        train, val = (np.asarray(table.with_format("numpy")["prompt_key"]) for table in (self.train, self.val))
-        return int(np.isin(val, train).sum())
+        return int(np.isin(_prompts(self.val), _prompts(self.train)).sum())
 
     def lengths(self, table: Any) -> np.ndarray:
         """Return the tokens of prompt, chosen and rejected of each pair, shape (pairs, 3)."""
-        column = table.select_columns("lengths").with_format("arrow")
-        parts = [part["lengths"].combine_chunks().flatten() for part in column.iter(batch_size=10_000)]
-        return np.concatenate([part.to_numpy() for part in parts]).reshape(-1, 3)
+        return np.concatenate([part.flatten().to_numpy() for part in _parts(table, "lengths")]).reshape(-1, 3)
 
     def keys(self, table: Any) -> np.ndarray:
         """Return 16 bytes of each pair that change with any of its tokens, shape (pairs,)."""
-        column = table.select_columns("key")
-        return np.concatenate([np.array(part["key"], "S16") for part in column.iter(batch_size=10_000)])
+        return np.concatenate([np.array(part.to_pylist(), "S16") for part in _parts(table, "key")])
 
     def rows_ahead(self, name: str) -> np.ndarray:
         """Return which rows of train or val the run can meet: fewer than all where it ends within an epoch."""
@@ -151,6 +146,16 @@ class PreferenceData(pl.LightningDataModule):
         lengths = self.lengths(self.val).sum(1)
         order = ValidationOrder(lengths, self.batch_size, trainer.global_rank, trainer.world_size)
         return DataLoader(self.pairs["val"], sampler=order, batch_size=None)
+
+
+def _prompts(table: Any) -> np.ndarray:
+    return np.concatenate([part.to_numpy() for part in _parts(table, "prompt_key")])
+
+
+def _parts(table: Any, name: str) -> Iterator[Any]:
+    """Yield a column as Arrow arrays; datasets' own columns are read row by row."""
+    for part in table.select_columns(name).with_format("arrow").iter(batch_size=10_000):
+        yield part[name].combine_chunks()
 
 
 def sources(
