@@ -132,7 +132,7 @@ def _open(data: Any, store: Any) -> None:
         pairs.reference_N2 = store.find(data.keys(pairs.table))
     ValidationOrder(data.lengths(data.val).sum(1), BATCH)
     data.lengths(data.train)
-    order = TrainingOrder(len(data.train), BATCH, 1, 0, True)
+    order = TrainingOrder(data.lengths(data.train).sum(1), BATCH, 1, 0, True)
     assert len(data.pairs["train"][next(iter(order))]) == BATCH
 
 

@@ -44,13 +44,12 @@ def run(verb: str, cfg: DictConfig) -> int:
     judge_rows(cfg)
     multirun = hydra_config.mode is not None and hydra_config.mode.name == "MULTIRUN"
     run_dir = run_dir_of(cfg, hydra_config.job.num if multirun else None)
-    resume = to_resume(cfg.resume, run_dir)
+    resume = to_resume(cfg.resume, run_dir, tidy=verb == "train")
     prefer_cache(cfg)
     from dpo_lightning import train
 
-    if verb == "check":
-        return train.only_check(cfg, run_dir, resume)
-    return train.train(cfg, run_dir, resume, sweep=multirun or "WANDB_SWEEP_ID" in os.environ)
+    sweep = multirun or "WANDB_SWEEP_ID" in os.environ
+    return (train.only_check if verb == "check" else train.train)(cfg, run_dir, resume, sweep)
 
 
 def warn_of_ignored(verb: str, overrides: Sequence[str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -18,22 +20,23 @@ from transformers.utils.logging import disable_progress_bar
 
 from dpo_lightning.data.datamodule import PreferenceData
 from dpo_lightning.data.prepare import cache_dir, most_common
+from dpo_lightning.finish import finish
 from dpo_lightning.model.source import ModelSource
-from dpo_lightning.outputs import results, samples
-from dpo_lightning.outputs.card import Card
-from dpo_lightning.outputs.export import export
-from dpo_lightning.outputs.report import write_report
 from dpo_lightning.training import loggers
-from dpo_lightning.training.checkpoint import Checkpoints
-from dpo_lightning.training.interrupt import Interrupt, stoppable
+from dpo_lightning.training.agreement import Agreement, decided_by_rank_0, flat
+from dpo_lightning.training.changes import compare_config
+from dpo_lightning.training.checkpoint import Checkpoints, Saver
+from dpo_lightning.training.devices import choose_strategy, count_devices, memory_of_device, state_bytes
+from dpo_lightning.training.interrupt import Interrupt
 from dpo_lightning.training.metric_log import MetricLog
 from dpo_lightning.training.module import DPOModule
 from dpo_lightning.training.optim import resolve_lr
 from dpo_lightning.training.precision import frozen_dtype, resolve_precision, store_linears
 from dpo_lightning.training.progress import ProgressBar
 from dpo_lightning.training.reference_cache import ReferenceCache
-from dpo_lightning.training.resume import step_of
+from dpo_lightning.training.resume import CONFIG, MANIFEST, id_of, step_of, undo_later
 from dpo_lightning.training.summary import Summary, print_facts
+from dpo_lightning.training.writer import sweep as remove_leftovers
 from dpo_lightning.types import UserError
 
 for name in ("lightning.pytorch", "lightning.fabric"):
@@ -47,22 +50,25 @@ def train(cfg: DictConfig, run_dir: Path, resume: Path | None, sweep: bool) -> i
 
     In a sweep other trials will need the same reference.
     """
+    run_dir, resume = decided_by_rank_0(run_dir, resume)
     pl.seed_everything(cfg.seed, verbose=False)
     source: ModelSource = instantiate(cfg.model, _convert_="all", cache=cache_dir() / "models")
     data = build_data(cfg, source)
-    resolve(cfg)
+    strategy = resolve(cfg, source, data, sweep)
+    check_resume(cfg, data, resume)
     interrupt, log = Interrupt(), MetricLog()
-    trainer = build_trainer(cfg, run_dir, [
-        Summary(facts(cfg, source, data, run_dir, resume)), log, interrupt,
+    plan = {"run_dir": str(run_dir), "checkpoint": str(resume), "data": fingerprint(data), **flat(plain(cfg))}
+    saver = Saver(plain(cfg), {"data": fingerprint(data), "step_pairs": step_pairs(cfg)}, cfg.checkpoint.keep_last)
+    trainer = build_trainer(cfg, run_dir, saver, [
+        Agreement(plan), Summary(facts(cfg, source, data, run_dir, resume, strategy)), log, interrupt,
         Checkpoints(run_dir, cfg.checkpoint.every_n_steps, interrupt),
     ])  # fmt: skip
-    if cfg.reference.mode == "auto":
-        cfg.reference.mode = reference_mode(cfg, len(data.train), trainer.world_size, sweep)
     if cfg.reference.mode == "cached":
         cache = ReferenceCache(cache_dir() / "reference", source.weights_digest, interrupt)
         trainer.callbacks.append(cache)  # type: ignore[attr-defined]
     module = build_module(cfg, source, data.layout)
-    open_run(cfg, run_dir, trainer, resume)
+    if trainer.is_global_zero:
+        saver.facts["run"] = open_run(cfg, run_dir, trainer, resume)
     with interrupt.installed(), finished_loggers():
         try:
             trainer.fit(module, data, ckpt_path=resume, weights_only=True)
@@ -70,21 +76,80 @@ def train(cfg: DictConfig, run_dir: Path, resume: Path | None, sweep: bool) -> i
             if not interrupt.requested:
                 raise
             return interrupt.exit_code
-        if not interrupt.requested and log.is_stale(trainer):
+        if not interrupt.stopping and log.is_stale(trainer):
             trainer.validate(module, data, verbose=False)
     if trainer.is_global_zero:
         if trainer.global_step:
-            finish(cfg, source, data, module, run_dir, interrupt.requested)
+            finish(plain(cfg), source, data, module, run_dir, interrupt.stopping)
         else:
             print("no step was made: there is nothing to export")
     return interrupt.exit_code
 
 
-def resolve(cfg: DictConfig) -> None:
-    """Replace every `auto` of the configuration that does not need the model by what it stands for."""
+def resolve(cfg: DictConfig, source: ModelSource, data: PreferenceData, sweep: bool) -> str:
+    """Replace every `auto` of the configuration by what it stands for; return the strategy and the reason for it."""
     full = "r" not in cfg.lora
-    cfg.trainer.precision = resolve_precision(cfg.trainer.precision, cfg.trainer.accelerator)
+    trainer = cfg.trainer
+    trainer.precision = resolve_precision(trainer.precision, trainer.accelerator)
     cfg.optim.lr = resolve_lr(cfg.optim.lr, full)
+    devices = count_devices(trainer.accelerator, plain(trainer)["devices"], trainer.num_nodes)
+    check_limits(cfg, len(data.train), devices)
+    if cfg.reference.mode == "auto":
+        cfg.reference.mode = reference_mode(cfg, len(data.train), devices, sweep)
+
+    def needed() -> int:
+        weights = source.count_weights()
+        size = 4 if trainer.precision == "32-true" else 2
+        return state_bytes(weights, weights if full else 0, 1 + (cfg.reference.mode == "frozen_copy"), size, devices)
+
+    memory = partial(memory_of_device, trainer.accelerator, devices // trainer.num_nodes)
+    cfg.strategy.name, reason = choose_strategy(cfg.strategy.name, devices, memory, needed)
+    if cfg.strategy.name == "single" and devices > 1:
+        raise UserError(f"strategy=single: there are {devices} devices; choose another, or trainer.devices=1")
+    return f"{cfg.strategy.name} ({reason})" if reason else cfg.strategy.name
+
+
+def check_limits(cfg: DictConfig, pairs: int, devices: int) -> None:
+    """Raise UserError for an interval of batches that does not fit an epoch, or that would cut a step in two."""
+    accumulate, limit, interval = (
+        cfg.trainer[key] for key in ("accumulate_grad_batches", "limit_train_batches", "val_check_interval")
+    )
+    batches = -(-pairs // (cfg.data.batch_size * accumulate * devices)) * accumulate
+    if isinstance(interval, int) and interval > batches:
+        raise UserError(f"trainer.val_check_interval={interval}: an epoch has {batches} batches; give at most that")
+    used = min(limit, batches) if isinstance(limit, int) else int(batches * limit)
+    if used % accumulate:
+        raise UserError(
+            f"trainer.limit_train_batches={limit}: {used} batches are no whole number of steps of "
+            f"trainer.accumulate_grad_batches={accumulate}; give a multiple of it"
+        )
+
+
+def check_resume(cfg: DictConfig, data: PreferenceData, resume: Path | None) -> None:
+    """Raise UserError where the run that is resumed was another one: other data, another loss, another step."""
+    if resume is None:
+        return
+    compare_config(json.loads((resume.parent / CONFIG).read_text()), plain(cfg), cfg.resume_allow)
+    manifest = json.loads((resume.parent / MANIFEST).read_text())
+    if manifest.get("data") != fingerprint(data) and "data" not in cfg.resume_allow:
+        raise UserError(f"resume: {resume.parent} was trained on other pairs than {data.source.name} gives now")
+    now = step_pairs(cfg)
+    if manifest.get("step_pairs") != now:
+        raise UserError(
+            f"data.batch_size: a step would have {now} pairs, in the checkpoint it has {manifest.get('step_pairs')}; "
+            "batch_size x accumulate_grad_batches x devices has to stay"
+        )
+
+
+def step_pairs(cfg: DictConfig) -> int:
+    """Return the pairs of an optimizer step."""
+    devices = count_devices(cfg.trainer.accelerator, plain(cfg.trainer)["devices"], cfg.trainer.num_nodes)
+    return cfg.data.batch_size * cfg.trainer.accumulate_grad_batches * devices
+
+
+def fingerprint(data: PreferenceData) -> str:
+    """Return a text that changes with any token of any training pair, and with their order."""
+    return hashlib.sha256(data.keys(data.train).tobytes()).hexdigest()
 
 
 def reference_mode(cfg: DictConfig, pairs: int, devices: int, sweep: bool) -> str:
@@ -102,43 +167,47 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]
 
 
-def open_run(cfg: DictConfig, run_dir: Path, trainer: pl.Trainer, resume: Path | None) -> None:
-    """Make the run folder with the resolved configuration, and start the loggers."""
+def open_run(cfg: DictConfig, run_dir: Path, trainer: pl.Trainer, resume: Path | None) -> str:
+    """Make the run folder with the resolved configuration, and start the loggers; return the run's id."""
     run_dir.mkdir(parents=True, exist_ok=True)
+    known = id_of(run_dir, resume)
     OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
+    remove_leftovers(run_dir / "checkpoints")
+    step = step_of(resume) if resume is not None else -1
+    undo_later(run_dir, step)
     jsonl = loggers.JsonlLogger(run_dir)
-    jsonl.rewind(step_of(resume) if resume is not None else -1)
+    jsonl.rewind(step)
     trainer.loggers = [jsonl, *instantiate(cfg.logger)(run_dir, plain(cfg))]
+    return known
 
 
 def build_data(cfg: DictConfig, source: ModelSource) -> PreferenceData:
     """Return the data, every row read and judged: before this, no model is loaded."""
     data: PreferenceData = instantiate(cfg.data)(load_tokenizer=source.load_tokenizer, seed=cfg.seed)
     data.prepare_data()
-    batches, interval = -(-len(data.train) // cfg.data.batch_size), cfg.trainer.val_check_interval
-    if isinstance(interval, int) and interval > batches:
-        raise UserError(f"trainer.val_check_interval={interval}: an epoch has {batches} batches; give at most that")
     source.check_fits(max(longest_of(data.lengths(table)) for table in (data.train, data.val)), data.tokenizer)
     return data
 
 
-def only_check(cfg: DictConfig, run_dir: Path, resume: Path | None) -> int:
+def only_check(cfg: DictConfig, run_dir: Path, resume: Path | None, sweep: bool) -> int:
     """Read configuration, tokenizer and rows, and say what a training would run on; load no model."""
     source: ModelSource = instantiate(cfg.model, _convert_="all", cache=cache_dir() / "models")
     data = build_data(cfg, source)
-    resolve(cfg)
-    print_facts("DPO", facts(cfg, source, data, run_dir, resume))
+    strategy = resolve(cfg, source, data, sweep)
+    check_resume(cfg, data, resume)
+    print_facts("DPO", facts(cfg, source, data, run_dir, resume, strategy))
     return 0
 
 
-def build_trainer(cfg: DictConfig, run_dir: Path, callbacks: list[pl.Callback]) -> pl.Trainer:
+def build_trainer(cfg: DictConfig, run_dir: Path, saver: Saver, callbacks: list[pl.Callback]) -> pl.Trainer:
     """Return Lightning's Trainer; what it refuses becomes a UserError."""
     chosen = list(instantiate(cfg.callbacks).values())
     try:
         return instantiate(
-            cfg.trainer, _convert_="all", strategy=instantiate(cfg.strategy)(), logger=False,
-            callbacks=[*callbacks, *chosen], default_root_dir=run_dir, enable_checkpointing=False,
-            enable_model_summary=False, enable_progress_bar=any(isinstance(c, ProgressBar) for c in chosen),
+            cfg.trainer, _convert_="all", strategy=instantiate(cfg.strategy)(pairs=cfg.data.batch_size),
+            plugins=[saver], logger=False, callbacks=[*callbacks, *chosen], default_root_dir=run_dir,
+            enable_checkpointing=False, enable_model_summary=False,
+            enable_progress_bar=any(isinstance(c, ProgressBar) for c in chosen),
             use_distributed_sampler=False,
         )  # fmt: skip
     except Exception as error:
@@ -169,7 +238,7 @@ def build_module(cfg: DictConfig, source: ModelSource, layout: str) -> DPOModule
 
 
 def facts(
-    cfg: DictConfig, source: ModelSource, data: PreferenceData, run_dir: Path, resume: Path | None
+    cfg: DictConfig, source: ModelSource, data: PreferenceData, run_dir: Path, resume: Path | None, strategy: str
 ) -> Mapping[str, str]:  # fmt: skip
     """Return what the summary tells before the model is built."""
     lengths = data.lengths(data.train)
@@ -189,6 +258,7 @@ def facts(
         f"sequence {longest_of(lengths)}, {census.truncated} pairs cut to data.max_length={cfg.data.max_length}",
         "loss": f"{cfg.loss._target_.rsplit('.', 1)[-1]}, {options_of(cfg.loss)}",
         "optimizer": f"AdamW, lr {cfg.optim.lr:g}, {cfg.optim.schedule}; {effective} pairs a step and device",
+        "strategy": strategy,
         "run folder": str(run_dir) + (f", resumed from step {step_of(resume)}" if resume is not None else ""),
     }  # fmt: skip
 
@@ -201,43 +271,6 @@ def options_of(group: DictConfig) -> str:
 def longest_of(lengths: Any) -> int:
     """Return the tokens of the longest prompt with a completion, given lengths of shape (pairs, 3)."""
     return int((lengths[:, :1] + lengths[:, 1:]).max())
-
-
-def finish(
-    cfg: DictConfig, source: ModelSource, data: PreferenceData, module: DPOModule, run_dir: Path, interrupted: bool
-) -> None:
-    """Show what was gained, answer the sample prompts, export, report: rank 0's last work."""
-    module.use_layout("padded")
-    results.show_gain(run_dir)
-    try:
-        if not interrupted:
-            show_samples(cfg, data, module, run_dir)
-    except KeyboardInterrupt:
-        print("the answers are skipped")
-    finally:  # whatever happens to the answers, the training is not lost
-        write_export(cfg, source, data, module, run_dir)
-
-
-def show_samples(cfg: DictConfig, data: PreferenceData, module: DPOModule, run_dir: Path) -> None:
-    """Answer the first validation prompts by reference and policy."""
-    if not (examples := data.examples(cfg.samples.count)):
-        return
-    module.to(module.trainer.strategy.root_device)
-    with stoppable(), module.trainer.precision_plugin.forward_context():
-        answers = samples.answer(module.policy, module.reference, data.tokenizer, examples, cfg.samples.max_new_tokens)
-    samples.save(answers, run_dir)
-    samples.show(answers)
-
-
-def write_export(cfg: DictConfig, source: ModelSource, data: PreferenceData, module: DPOModule, run_dir: Path) -> None:
-    """Export adapter or model with its card, write the report, say where all lies."""
-    card = Card(
-        base=source.base, base_loaded_from=source.folder(), note=source.note, data=data.source.name,
-        pairs=len(data.train), steps=module.trainer.global_step, devices=module.trainer.world_size, config=plain(cfg),
-        validations=results.validations(run_dir), question=data.examples(1)[0]["question"], chat=data.is_chat(),
-    )  # fmt: skip
-    folder = export(module.policy, data.tokenizer, run_dir, cfg.export.merge, card.text)
-    print(f"{folder.name}: {folder}\nreport:  {write_report(run_dir)}\nmetrics: {run_dir / 'metrics.jsonl'}")
 
 
 @contextmanager

@@ -43,6 +43,7 @@ class Batch:
     lengths_B3: number of tokens of prompt, chosen and rejected of each pair; int64, all on the CPU
     rows_B:     index of each pair in its data set; int64, on the CPU
     step_pairs: number of pairs that the optimizer step this batch belongs to averages over
+    counted:    whether its pairs go into the step's mean; not those of a forward pass that only keeps ranks in step
     opening:    number of leading tokens that all prompts have in common, less than the shortest prompt
     reference_B2: chosen and rejected log-probabilities under the reference where they were computed before; float32,
                   an array, since Lightning's half precision rounds every tensor of a batch
@@ -52,6 +53,7 @@ class Batch:
     lengths_B3: Tensor
     rows_B: Tensor
     step_pairs: int
+    counted: bool = True
     opening: int = 0
     reference_B2: np.ndarray | None = None
 

@@ -28,7 +28,8 @@ MAY_USE = {
     "model": {"types", "data", "objective"},
     "training": {"types", "data", "objective", "model"},
     "outputs": {"types", "data", "model"},
-    "train": {"types", "config", "data", "objective", "model", "training", "outputs"},
+    "finish": {"types", "data", "model", "training", "outputs"},
+    "train": {"types", "config", "data", "objective", "model", "training", "outputs", "finish"},
     "__main__": {"types", "keys", "config", "cli", "data", "training", "outputs", "train"},
 }
 VERBS = r"(train|config|__main__|cli/\w+)\.py"
@@ -36,7 +37,7 @@ VERBS = r"(train|config|__main__|cli/\w+)\.py"
 ONLY_IN = {
     "hydra": VERBS,
     "omegaconf": VERBS,
-    "deepspeed": r"training/(strategy|checkpoint)\.py",
+    "deepspeed": r"training/(zero|shards)\.py",
     "wandb": r"training/loggers\.py",
     "lightning": r"data/datamodule\.py|training/.*|train\.py",
 }

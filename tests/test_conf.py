@@ -20,6 +20,7 @@ OPTIONS = [f"{file.parent.name}={file.stem}" for file in FILES if file.parent !=
 # What train.py itself gives the Trainer; none of it can be set.
 GIVEN_BY_TRAIN = {
     "callbacks", "default_root_dir", "enable_checkpointing", "enable_model_summary", "enable_progress_bar", "logger",
+    "plugins",
     "strategy", "use_distributed_sampler",
 }  # fmt: skip
 # What the Trainer takes and a training here has no use for.

@@ -97,7 +97,7 @@ def test_exported_and_reloaded_gives_the_logged_logps(cli, metrics, tmp_path, ca
 
 RESUMABLE = [
     *TINY, "trainer.max_epochs=2", "data.max_pairs=60", "data.batch_size=4", "trainer.accumulate_grad_batches=2",
-    "lora.lora_dropout=0.1", "checkpoint.every_n_steps=4",
+    "lora.lora_dropout=0.1", "checkpoint.every_n_steps=4", "checkpoint.keep_last=null",
 ]  # fmt: skip
 
 
@@ -149,7 +149,7 @@ def test_a_signal_saves_and_exports_what_there_is(number, code, tmp_path, cache)
     assert "Traceback" not in out
     assert (run / "adapter" / "adapter_model.safetensors").exists()
     (checkpoint,) = (run / "checkpoints").iterdir()
-    assert {f.name for f in checkpoint.iterdir()} == {"state.ckpt", "manifest.json"}
+    assert {f.name for f in checkpoint.iterdir()} == {"state.ckpt", "config.json", "manifest.json"}
 
 
 def test_wandb_is_offline_without_a_key_and_never_stops_a_run(cli, tmp_path, monkeypatch):

@@ -17,10 +17,14 @@ from dpo_lightning.types import Batch
 
 
 class MicroBatch(NamedTuple):
-    """Row numbers of one forward pass, and how many pairs its whole optimizer step averages over."""
+    """Row numbers of one forward pass, and how many pairs its whole optimizer step averages over.
+
+    One that is not `counted` is run because the other ranks run one, and goes into no mean and no gradient.
+    """
 
     rows: tuple[int, ...]
     step_pairs: int
+    counted: bool = True
 
 
 class PairTable(Dataset[Batch]):
@@ -58,6 +62,7 @@ def collate(pairs: Sequence[dict[str, Sequence[int]]], micro: MicroBatch) -> Bat
         lengths_B3=torch.tensor([[len(ids) for ids in row] for row in parts]),
         rows_B=torch.tensor(micro.rows),
         step_pairs=micro.step_pairs,
+        counted=micro.counted,
         opening=opening_of([pair["prompt"] for pair in pairs]),
     )
 
@@ -75,15 +80,37 @@ def opening_of(prompts: Sequence[Sequence[int]]) -> int:
     return next((i for i in range(most) if any(prompt[i] != first[i] for prompt in rest)), most)
 
 
-class TrainingOrder(Sampler[MicroBatch]):
-    """One rank's micro-batches of an epoch. Lightning sets the epoch.
+def deal(rows: Sequence[int], tokens_N: np.ndarray, slots: int, batch_size: int) -> list[tuple[int, ...]]:
+    """Deal a step's rows out to forward passes of at most `batch_size` pairs and of like numbers of tokens.
 
+    The longest first, each to the emptiest pass that has room; within a pass they keep their order. A pass that
+    gets no row stays empty.
+
+    >>> deal([7, 2, 5, 0], np.array([10, 0, 20, 0, 0, 30, 0, 40]), 2, 2)
+    [(7, 0), (2, 5)]
+    """
+    if slots == 1:
+        return [tuple(rows)]
+    dealt: list[list[int]] = [[] for _ in range(slots)]
+    load = [0] * slots
+    for at in sorted(range(len(rows)), key=lambda at: -int(tokens_N[rows[at]])):
+        slot = min((s for s in range(slots) if len(dealt[s]) < batch_size), key=lambda s: load[s])
+        dealt[slot].append(at)
+        load[slot] += int(tokens_N[rows[at]])
+    return [tuple(rows[at] for at in sorted(slot)) for slot in dealt]
+
+
+class TrainingOrder(Sampler[MicroBatch]):
+    """One rank's micro-batches of an epoch, the same number on every rank and in every step. Lightning sets the epoch.
+
+    Where a last step has fewer pairs than forward passes, those that are left over repeat a pair that does not count:
+    sharded models run in lock-step, and DeepSpeed counts micro-batches. `tokens_N` are the lengths that are balanced.
     `skip` = (epoch, pairs) leaves out an epoch's first pairs, which a resumed run has seen; the length counts them.
     """
 
     def __init__(
         self,
-        pairs: int,
+        tokens_N: np.ndarray,
         batch_size: int,
         accumulate: int,
         seed: int,
@@ -91,44 +118,54 @@ class TrainingOrder(Sampler[MicroBatch]):
         rank: int = 0,
         world: int = 1,
     ):
-        self.pairs, self.batch_size, self.accumulate = pairs, batch_size, accumulate
+        self.tokens_N, self.batch_size, self.accumulate = tokens_N, batch_size, accumulate
         self.seed, self.shuffle, self.rank, self.world = seed, shuffle, rank, world
         self.epoch = 0
         self.skip: tuple[int, int] = (0, 0)
+
+    @property
+    def step_pairs(self) -> int:
+        """Return the pairs of a whole optimizer step, those of all ranks."""
+        return self.batch_size * self.accumulate * self.world
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order the next iteration follows."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        whole, rest = divmod(self.pairs, self.batch_size * self.accumulate * self.world)
-        return whole * self.accumulate + (-(-rest // self.batch_size) if self.world == 1 else 0)
+        return -(-len(self.tokens_N) // self.step_pairs) * self.accumulate
 
     def rows(self, epoch: int) -> np.ndarray:
         """Return the row numbers in the order of an epoch, those of all ranks."""
         if not self.shuffle:
-            return np.arange(self.pairs)
-        return np.random.default_rng([self.seed, epoch]).permutation(self.pairs)
+            return np.arange(len(self.tokens_N))
+        return np.random.default_rng([self.seed, epoch]).permutation(len(self.tokens_N))
 
     def __iter__(self) -> Iterator[MicroBatch]:
         order = self.rows(self.epoch)
-        per_step = self.batch_size * self.accumulate * self.world
         first = self.skip[1] if self.epoch == self.skip[0] else 0
-        for start in range(first, self.pairs, per_step):
-            step = order[start : start + per_step]
-            if len(step) < per_step and self.world > 1:
-                return  # ranks must take part in the same number of steps
-            for at in range(self.rank * self.batch_size, len(step), self.batch_size * self.world):
-                yield MicroBatch(tuple(step[at : at + self.batch_size].tolist()), len(step))
+        for start in range(first, len(order), self.step_pairs):
+            step = order[start : start + self.step_pairs].tolist()
+            shortest = min(step, key=lambda row: int(self.tokens_N[row]))
+            dealt = deal(step, self.tokens_N, self.accumulate * self.world, self.batch_size)
+            for rows in dealt[self.rank :: self.world]:
+                yield MicroBatch(rows or (shortest,), len(step), counted=bool(rows))
 
 
 class ValidationOrder(Sampler[MicroBatch]):
-    """One rank's share of the validation pairs, each pair once, neighbours of like length."""
+    """One rank's share of the validation pairs, neighbours of like length: each pair counts once.
+
+    Every rank has the same number of batches; one that is left over repeats the first and does not count.
+    """
 
     def __init__(self, lengths: np.ndarray, batch_size: int, rank: int = 0, world: int = 1):
         order = np.argsort(lengths, kind="stable")
-        starts = range(rank * batch_size, len(order), batch_size * world)
-        self.batches = [MicroBatch(tuple(order[a : a + batch_size].tolist()), len(lengths)) for a in starts]
+        batches = [
+            MicroBatch(tuple(order[a : a + batch_size].tolist()), len(lengths))
+            for a in range(0, len(order), batch_size)
+        ]
+        batches += [batches[0]._replace(counted=False)] * (-len(batches) % world if batches else 0)
+        self.batches = batches[rank::world]
 
     def __len__(self) -> int:
         return len(self.batches)

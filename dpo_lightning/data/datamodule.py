@@ -13,7 +13,7 @@ from dpo_lightning.data.batches import PairTable, TrainingOrder, ValidationOrder
 from dpo_lightning.data.prepare import Census, prepare, split, validate
 from dpo_lightning.data.sources import FileSource, HubSource, Source
 from dpo_lightning.data.tokenize import use_chat
-from dpo_lightning.types import Batch, UserError
+from dpo_lightning.types import Batch
 
 
 class PreferenceData(pl.LightningDataModule):
@@ -65,6 +65,7 @@ class PreferenceData(pl.LightningDataModule):
             train, val = split(_prompts(table), self.val_fraction)
             self.train, self.val = table.select(train), table.select(val)
         self.pairs = {"train": PairTable(self.train), "val": PairTable(self.val)}
+        self.tokens_N = self.lengths(self.train).sum(1)
 
     def _table(self, source: Source) -> tuple[Any, Census]:
         return prepare(source, self.tokenizer, self.max_length, self.template, self.max_pairs)
@@ -74,11 +75,18 @@ class PreferenceData(pl.LightningDataModule):
         self.prepare_data()
 
     def state_dict(self) -> dict[str, int]:
-        """Return how far the training has come, in epochs and pairs: the same on every rank and for any number."""
+        """Return how far the training has come, to be asked at a step's end: the same for any number of ranks.
+
+        epoch, `pairs` of it that are done, pairs of a step, pairs of an epoch.
+        """
         trainer = self.trainer
         assert trainer is not None
-        done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        return {"epoch": trainer.current_epoch, "pairs": done * self.batch_size * trainer.world_size}
+        fit, step_pairs = trainer.fit_loop, self.order().step_pairs
+        epoch, batches = fit.epoch_progress.current.ready - 1, fit.epoch_loop.batch_progress.current.ready
+        if batches >= trainer.num_training_batches:
+            epoch, batches = epoch + 1, 0
+        pairs = batches // trainer.accumulate_grad_batches * step_pairs
+        return {"epoch": epoch, "pairs": pairs, "step_pairs": step_pairs, "of": len(self.train)}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Go on from there."""
@@ -115,28 +123,21 @@ class PreferenceData(pl.LightningDataModule):
         epoch, done = self.position  # a resumed run may have made its steps with another batch size
         met = done + trainer.max_steps * self.batch_size * trainer.accumulate_grad_batches * trainer.world_size
         ends_early = trainer.max_steps >= 0 and epoch == 0 and met < len(rows)
-        return np.sort(self._order().rows(0)[:met]) if ends_early else rows
+        return np.sort(self.order().rows(0)[:met]) if ends_early else rows
 
-    def _order(self) -> TrainingOrder:
+    def order(self) -> TrainingOrder:
+        """Return this rank's order of the training pairs."""
         trainer = self.trainer
         assert trainer is not None
         return TrainingOrder(
-            len(self.train), self.batch_size, trainer.accumulate_grad_batches, self.seed, self.shuffle,
+            self.tokens_N, self.batch_size, trainer.accumulate_grad_batches, self.seed, self.shuffle,
             trainer.global_rank, trainer.world_size,
         )  # fmt: skip
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Return this rank's micro-batches; Lightning sets the epoch of the order."""
-        trainer = self.trainer
-        assert trainer is not None
-        order = self._order()
+        order = self.order()
         order.skip = self.position
-        if not len(order):
-            need = self.batch_size * trainer.accumulate_grad_batches * trainer.world_size
-            raise UserError(
-                f"{len(self.train)} training pairs do not fill one step of {need}: lower data.batch_size, "
-                "trainer.accumulate_grad_batches or trainer.devices"
-            )
         return DataLoader(self.pairs["train"], sampler=order, batch_size=None)
 
     def val_dataloader(self) -> DataLoader[Batch]:

@@ -83,7 +83,7 @@ def probe(vocabulary: int, device: torch.device) -> Batch:
     ids = torch.randint(vocabulary, (int(lengths.sum()),), generator=generator)
     second = int(lengths[0].sum())
     ids[second : second + OPENING] = ids[:OPENING]
-    return Batch(ids.to(device), lengths, torch.arange(len(lengths)), len(lengths), OPENING)
+    return Batch(ids.to(device), lengths, torch.arange(len(lengths)), len(lengths), opening=OPENING)
 
 
 def set_layout(model: Any, layout: str) -> None:

@@ -60,6 +60,15 @@ class FrozenCopy(nn.Module):
         return super().train(False)
 
 
+class Itself:
+    """A policy before its first update: its adapter is zero change, its weights are the reference's."""
+
+    @torch.no_grad()
+    def pair_logps(self, policy: Any, batch: Batch) -> PairLogps:
+        """Return the batch's log-probabilities under the policy."""
+        return pair_logps(policy, batch)
+
+
 class Cached:
     """Log-probabilities that the batches bring with them; `live` is what computes those that are missing."""
 
@@ -72,8 +81,13 @@ class Cached:
         """Compute what is missing in the policy's layout."""
         self.layout = layout
 
-    def live(self, device: torch.device) -> AdapterOff | FrozenCopy:
-        """Return the reference that computes; a second model, where that is one, is not kept."""
+    def live(self, device: torch.device, itself: bool = False) -> AdapterOff | FrozenCopy | Itself:
+        """Return the reference that computes; a second model, where that is one, is not kept.
+
+        `itself`: the policy has not been trained, so that it can stand in for its reference.
+        """
+        if itself:
+            return Itself()
         reference = self.build_live().to(device)
         reference.set_layout(self.layout)
         return reference
@@ -87,7 +101,9 @@ class Cached:
 
     def generator(self, policy: Any) -> tuple[Any, Any]:
         """Return the model that generates the reference's answers, and the context it does so in."""
-        return self.live(policy.device).generator(policy)
+        reference = self.live(policy.device)
+        assert not isinstance(reference, Itself)
+        return reference.generator(policy)
 
 
 def build_reference(

@@ -78,6 +78,12 @@ class ModelSource:
         """Return the transformers config; of random weights without making them."""
         return self._random_config() if self.init == "random" else _reachable(self.folder(), AutoConfig.from_pretrained)
 
+    def count_weights(self) -> int:
+        """Return the number of weights, without reading or making any."""
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(self.config())
+        return sum(weight.numel() for weight in model.parameters())
+
     def check_fits(self, longest: int, tokenizer: Any) -> None:
         """Raise UserError if a sequence of `longest` tokens, or a token, is beyond what the model was made for."""
         config = self.config().get_text_config()

@@ -1,24 +1,104 @@
-"""Checkpoints: a folder written aside, every file fsynced, a manifest of sha256 last, published by one rename.
+"""Checkpoints: when they are saved, and how Lightning's state reaches `training/writer.py` while training goes on.
 
-`training/resume.py` reads them.
+`training/resume.py` reads them, `training/retention.py` deletes the older ones.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
 
+from dpo_lightning.training import faults
 from dpo_lightning.training.interrupt import Interrupt
-from dpo_lightning.training.resume import MANIFEST, STATE, digest
+from dpo_lightning.training.resume import CONFIG, STATE
+from dpo_lightning.training.retention import Verified, best_step, retain
+from dpo_lightning.training.writer import publish
+
+
+class Saver(CheckpointIO):
+    """Writes a checkpoint's folder in a thread: a step waits for a copy of its state alone, not for the disk.
+
+    Args:
+        config: what the checkpoint's config.json holds.
+        facts: what its manifest says besides: the run's id, pairs of a step.
+        keep_last: how many are kept besides the best and the pinned ones; None for all.
+
+    """
+
+    def __init__(self, config: Mapping[str, Any], facts: dict[str, Any], keep_last: int | None):
+        self.config, self.facts, self.keep_last = config, facts, keep_last
+        self._is_whole = Verified()
+        self._thread: Thread | None = None
+        self._error: Exception | None = None
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Begin to write the folder `path`, as soon as the one before is done."""
+        self.finish()
+        state = apply_to_collection(checkpoint, Tensor, _copy)
+        step = checkpoint["global_step"]
+        self._thread = Thread(target=self._write, args=(state, Path(path), step), name=f"checkpoint {step}")
+        self._thread.start()
+
+    def _write(self, state: dict[str, Any], folder: Path, step: int) -> None:
+        at = partial(faults.at, step=step)
+        files = {
+            STATE: lambda stream: torch.save(state, stream),
+            CONFIG: lambda stream: stream.write(json.dumps(self.config).encode()),
+        }
+        try:
+            publish(folder, files, {**self.facts, "step": step}, at=at)
+        except Exception as error:
+            self._error = error
+            return
+        try:
+            retain(folder.parent, self.keep_last, best_step(folder.parent.parent), at=at, is_whole=self._is_whole)
+        except OSError as error:
+            print(f"warning: an older checkpoint cannot be deleted: {error}", flush=True)
+
+    def finish(self) -> None:
+        """Wait for what is being written. A full disk costs this checkpoint, not the run; the older ones are whole."""
+        if self._thread is None:
+            return
+        self._thread.join()
+        name, self._thread = self._thread.name, None
+        error, self._error = self._error, None
+        if isinstance(error, OSError):
+            print(f"warning: {name} cannot be saved: {error}; the training goes on", flush=True)
+        elif error is not None:
+            raise error
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:  # fmt: skip
+        """Return a checkpoint's state. Nothing but tensors and plain values is unpickled, whatever is asked for."""
+        faults.at("load.mid")
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Raise: `training/retention.py` alone deletes checkpoints."""
+        raise NotImplementedError
+
+    def teardown(self) -> None:
+        """Finish before the process goes."""
+        self.finish()
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, device="cpu").copy_(tensor.detach())
 
 
 class Checkpoints(pl.Callback):
-    """Saves every `every_n_steps` steps (None: never) and when the run is interrupted."""
+    """Saves every `every_n_steps` steps (None: never), at the end of each epoch, and when the run stops early."""
 
     def __init__(self, run_dir: Path, every_n_steps: int | None, interrupt: Interrupt):
         self.folder, self.every_n_steps, self.interrupt = run_dir / "checkpoints", every_n_steps, interrupt
@@ -29,34 +109,21 @@ class Checkpoints(pl.Callback):
         self._step = trainer.global_step
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Save at the end of a step that is due."""
+        """Save where a step has ended that is due, or the last one of a run that ends within an epoch."""
         step = trainer.global_step
-        due = self.every_n_steps is not None and step % self.every_n_steps == 0
-        if step != self._step and (due or self.interrupt.requested):
-            save(trainer, self.folder / f"step-{step:08d}")
+        if step == self._step:
+            return
         self._step = step
+        faults.at("step.end", step)
+        due = self.every_n_steps is not None and step % self.every_n_steps == 0
+        last = step == trainer.max_steps or self.interrupt.stopping
+        if (due or last) and not trainer.is_last_batch:  # else the end of the epoch saves, after its validation
+            self._save(trainer)
 
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save an epoch that was gone through."""
+        if trainer.is_last_batch:
+            self._save(trainer)
 
-def save(trainer: pl.Trainer, folder: Path) -> None:
-    """Write the trainer's state and publish it as `folder`; one that is already there is left as it is."""
-    if folder.exists():
-        return
-    scratch = folder.with_name(f".{folder.name}-{os.getpid()}")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    trainer.save_checkpoint(scratch / STATE)
-    _sync(scratch / STATE)
-    manifest = scratch / MANIFEST
-    manifest.write_text(json.dumps({STATE: digest(scratch / STATE)}))
-    _sync(manifest)
-    _sync(scratch)
-    scratch.rename(folder)
-    _sync(folder.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    def _save(self, trainer: pl.Trainer) -> None:
+        trainer.save_checkpoint(self.folder / f"step-{trainer.global_step:08d}")

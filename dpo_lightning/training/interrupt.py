@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 
 NOTE = b"\nstopping at the end of this step, then saving; Ctrl-C again kills\n"
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -19,11 +20,13 @@ class Interrupt(pl.Callback):
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self.stopping = False  # what all ranks have agreed upon at the last step's end
         self._step = 0
+        self._group: Any = None  # of gloo: signals reach CPUs
 
     @property
     def requested(self) -> bool:
-        """Return whether a stop was asked for."""
+        """Return whether a stop was asked for, of this process."""
         return self.signal is not None
 
     @property
@@ -57,20 +60,33 @@ class Interrupt(pl.Callback):
             self._take()
 
     def on_train_start(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Do the same where there was no validation before."""
+        """Take the signals where there was no validation before; begin no training that is not wanted any more."""
         if not self.requested:
             self._take()
-
-    def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Begin no training after the validation before it."""
-        if self.requested:
-            trainer.should_stop = True
+        if trainer.world_size > 1 and self._group is None:
+            self._group = torch.distributed.new_group(backend="gloo")
+        self._step = trainer.global_step
+        self._agree()
+        trainer.should_stop = trainer.should_stop or self.stopping
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Stop where a step has ended, never within an accumulation."""
-        if self.requested and trainer.global_step != self._step:
-            trainer.should_stop = True
+        """Stop where a step has ended, never within an accumulation, and all ranks at the same one."""
+        if trainer.global_step == self._step:
+            return
         self._step = trainer.global_step
+        self._agree()
+        if self.stopping:
+            trainer.should_stop = True
+
+    def _agree(self) -> None:
+        """Make the signal of one rank that of all: a word between CPUs, no wait for a GPU."""
+        if self._group is not None:
+            number = torch.tensor([self.signal or 0])
+            torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, group=self._group)
+            self.signal = int(number) or self.signal
+            self.stopping = bool(number)
+        else:
+            self.stopping = self.requested
 
 
 @contextmanager

@@ -13,6 +13,8 @@ from typing import Any
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from dpo_lightning.training.resume import run_id
+
 log = logging.getLogger(__name__)
 
 
@@ -79,7 +81,7 @@ def wandb_logger(
         log.info("no W&B key: logging offline; later: wandb sync %s/wandb/offline-run-*", run_dir)
     os.environ.setdefault("WANDB_SILENT", "true")
     sweep = "WANDB_SWEEP_ID" in os.environ  # then W&B itself names project and run
-    named = {} if sweep else {"project": project, "entity": entity, "name": name or run_dir.name}
+    named = {} if sweep else {"project": project, "entity": entity, "name": name or run_dir.name, "id": run_id(run_dir)}
     logger = WandbLogger(save_dir=run_dir, tags=list(tags), config=config, **named)
     try:
         _ = logger.experiment

@@ -10,6 +10,7 @@ import torch
 
 from dpo_lightning.model.flops import PairFlops, matmul_peak
 from dpo_lightning.model.padded import positions
+from dpo_lightning.training.ranks import over_ranks
 from dpo_lightning.types import Batch
 
 
@@ -24,8 +25,7 @@ class MetricLog(pl.Callback):
         self.validations: list[dict[str, float]] = []
         self._logged_step = 0
         self._since = self._paused = time.perf_counter()
-        self._pairs = self._tokens = self._positions = 0
-        self._flops = 0.0
+        self._work = torch.zeros(4, dtype=torch.float64)  # pairs, tokens, positions, FLOPs of this rank
         self._needed: PairFlops | None = None
         self._peak = 0.0
 
@@ -40,22 +40,27 @@ class MetricLog(pl.Callback):
         self._restart(time.perf_counter())
 
     def _restart(self, now: float) -> None:
-        self._since, self._pairs, self._tokens, self._positions, self._flops = now, 0, 0, 0, 0.0
+        self._since = now
+        self._work.zero_()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         """Count; at the end of a step that is to be logged, log."""
-        self._pairs += len(batch)
-        tokens = len(batch.ids_T) + int(batch.lengths_B3[:, 0].sum())
-        self._tokens += tokens
-        self._positions += tokens if pl_module.layout == "shared" else positions(batch.lengths_B3)
-        if self._needed is not None:
-            self._flops += self._needed.step(batch.lengths_B3, pl_module.reference.name != "cached")
+        if batch.counted:
+            self._work += torch.tensor(self._work_of(pl_module, batch), dtype=torch.float64)
         step = trainer.global_step
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if step != self._logged_step and step % every == 0:
             self._log_training(trainer, pl_module)
+
+    def _work_of(self, pl_module: Any, batch: Batch) -> list[float]:
+        tokens = len(batch.ids_T) + int(batch.lengths_B3[:, 0].sum())
+        laid_out = tokens if pl_module.layout == "shared" else positions(batch.lengths_B3)
+        flops = (
+            0.0 if self._needed is None else self._needed.step(batch.lengths_B3, pl_module.reference.name != "cached")
+        )
+        return [len(batch), tokens, laid_out, flops]
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Log the last steps of a run that ends within an interval."""
@@ -67,16 +72,19 @@ class MetricLog(pl.Callback):
         metrics = pl_module.meters["train"].read("train")
         now = time.perf_counter()
         seconds = max(now - self._since, 1e-9)
+        pairs, tokens, laid_out, flops = over_ranks(self._work, pl_module.device)
         metrics |= {
             "train/grad_norm": float(pl_module.grad_norm),
             "train/lr": pl_module.step_lr,
             "train/epoch": trainer.current_epoch,
-            "perf/pairs_per_second": self._pairs * trainer.world_size / seconds,
-            "perf/tokens_per_second": self._tokens * trainer.world_size / seconds,
-            "perf/padding_fraction": 1 - self._tokens / self._positions,
+            "perf/pairs_per_second": pairs / seconds,
+            "perf/tokens_per_second": tokens / seconds,
+            "perf/padding_fraction": 1 - tokens / laid_out,
         }
+        if pl_module.skipped_steps is not None:
+            metrics["train/skipped_steps"] = pl_module.skipped_steps
         if self._needed is not None:
-            metrics["perf/mfu"] = self._flops / seconds / self._peak
+            metrics["perf/mfu"] = flops / seconds / (self._peak * trainer.world_size)
         self._restart(now)
         self._log(trainer, metrics, step)
 

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from dpo_lightning.model.layout import choose_layout, set_layout
 from dpo_lightning.model.logps import pair_logps
 from dpo_lightning.objective.metrics import preference_metrics
+from dpo_lightning.training import faults
 from dpo_lightning.training.meter import PairMeans
+from dpo_lightning.training.position import place, restore_own, save_own
 from dpo_lightning.training.start import check_start
 from dpo_lightning.types import Batch, PairLogps
 
@@ -31,6 +33,9 @@ class DPOModule(pl.LightningModule):
         seed: of the adapter's initial weights.
         layout: auto, shared or padded; see `choose_layout`.
 
+    `layout` is what was chosen once the model stands on its devices; `whole` the trained weights on the first rank
+    once a sharded training has ended, None where the policy itself is whole.
+
     """
 
     def __init__(
@@ -45,11 +50,13 @@ class DPOModule(pl.LightningModule):
         self.layout = layout
         self.policy: Any = None
         self.reference: Any = None
+        self.ranks: list[str] | None = None  # what each rank held when the run was saved
         self.meters = {"train": PairMeans(), "val": PairMeans()}
-        self.grad_norm: Tensor | None = None
+        self.grad_norm: Tensor | float | None = None
+        self.skipped_steps: int | None = None  # that DeepSpeed left out for gradients that are not finite
         self.step_lr = 0.0
-        self.started = False
-        self.rng: Tensor | None = None
+        self.started = self.settled = False
+        self.whole: dict[str, Tensor] | None = None
 
     def configure_model(self) -> None:
         """Build policy and reference, once; the adapter depends on the seed alone, not on what ran before."""
@@ -57,14 +64,31 @@ class DPOModule(pl.LightningModule):
             torch.manual_seed(self.seed)
             self.policy = self.build_policy()
             assert self.policy.training, "in eval mode dropout and activation checkpointing are silently off"
-            self.layout = choose_layout(self.policy, self.layout)
             self.reference = self.build_reference(self.policy)
+            if not any(hasattr(p, "ds_id") for p in self.policy.parameters()):
+                self.settle_layout()
+
+    def settle_layout(self) -> None:
+        """Choose the layout, once, by a probe of the untrained policy: of a sharded one, when it can compute."""
+        if not self.settled:
+            self.settled = True
+            self.policy.eval()  # the probe compares two passes, which dropout would tell apart
+            self.layout = choose_layout(self.policy, self.layout)
+            self.policy.train()
             self.use_layout(self.layout.split()[0])
 
     def use_layout(self, layout: str) -> None:
         """Score policy and reference in this layout; padded is what generation and export need."""
         set_layout(self.policy, layout)
         self.reference.set_layout(layout)
+
+    def make_whole(self) -> None:
+        """Replace a sharded policy and its reference by whole ones on this rank: for the work that one rank does."""
+        if self.whole is not None:
+            self.policy = self.reference = None
+            self.configure_model()
+            self.load_state_dict(self.whole, strict=False)
+            self.whole = None
 
     def configure_optimizers(self) -> Any:
         """Return AdamW and its schedule, which steps with every optimizer step."""
@@ -77,13 +101,15 @@ class DPOModule(pl.LightningModule):
         return pair_logps(self.policy, batch), reference
 
     def _measure(self, batch: Batch, stage: str) -> Tensor:
+        self.settle_layout()
         policy, reference = self(batch)
         loss_B = self.loss(policy, reference)
         if not self.started and self.trainer.global_step == 0:
             check_start(self, policy, reference, loss_B)
         self.started = True
-        self.meters[stage].add({"loss": loss_B, **preference_metrics(policy, reference, self.beta)})
-        return loss_B
+        metrics = {"loss": loss_B, **preference_metrics(policy, reference, self.beta)}
+        self.meters[stage].add(metrics, batch.counted)
+        return loss_B if batch.counted else loss_B * 0
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return this micro-batch's share of the step's mean over pairs.
@@ -92,11 +118,13 @@ class DPOModule(pl.LightningModule):
         is the mean over its own pairs however they were dealt out.
         """
         trainer = self.trainer
+        faults.at("step.begin", trainer.global_step)
         share = trainer.accumulate_grad_batches * trainer.world_size / batch.step_pairs
         return self._measure(batch, "train").sum() * share
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Measure the batch; the means are read at the end of the validation."""
+        faults.at("val.mid", self.trainer.global_step)
         self._measure(batch, "val")
 
     def configure_gradient_clipping(
@@ -105,23 +133,30 @@ class DPOModule(pl.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by the norm of all trainable gradients, and keep norm and learning rate for the log."""
+        """Clip by the norm of all trainable gradients, and keep norm and learning rate for the log.
+
+        DeepSpeed clips by itself and tells the norm after the step; see training/strategy.py.
+        """
         self.step_lr = optimizer.param_groups[0]["lr"]
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.grad_norm = nn.utils.clip_grad_norm_(parameters, gradient_clip_val or float("inf"))
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the state of the random numbers until the training starts."""
-        self.rng = checkpoint["rng"]
-
-    def on_train_start(self) -> None:
-        """Go on with the random numbers of the run that is resumed."""
-        if self.rng is not None:
-            torch.set_rng_state(self.rng)
+        if not self.trainer.strategy.handles_gradient_accumulation:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            self.grad_norm = nn.utils.clip_grad_norm_(parameters, gradient_clip_val or float("inf"))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave out what does not train: it comes back from the base model."""
+        """Leave out what does not train: it comes back from the base model; put in what each rank holds of its own."""
         trainable = {name for name, p in self.named_parameters() if p.requires_grad}
-        checkpoint["rng"] = torch.get_rng_state()
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: value for name, value in state.items() if name in trainable}
+        checkpoint["ranks"] = save_own(self.meters["train"], self.device)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on at the same pair, whatever the number of ranks; the ranks' own state waits for the training's start."""
+        data = checkpoint[type(self.trainer.datamodule).__qualname__]  # type: ignore[attr-defined]
+        place(checkpoint, data, self.trainer.accumulate_grad_batches)
+        self.ranks = checkpoint["ranks"]
+
+    def on_train_start(self) -> None:
+        """Go on with the random numbers and the means of the run that is resumed."""
+        if self.ranks is not None:
+            restore_own(self.ranks, self.meters["train"], self.global_rank, self.device)
+            self.ranks = None

@@ -20,7 +20,7 @@ from dpo_lightning.model.attention import way
 from dpo_lightning.model.logps import base_of
 from dpo_lightning.training.interrupt import Interrupt
 
-VERSION = 1  # part of the key: raise it when the same pair would get other log-probabilities
+VERSION = 2  # part of the key: raise it when the same pair would get other log-probabilities
 TOLD_EVERY = 60.0  # seconds between lines on a pass that takes long
 
 
@@ -56,6 +56,7 @@ class ReferenceCache(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Look up every pair that the run can meet, compute the missing ones, the longest first, and keep them."""
         began = time.perf_counter()
+        pl_module.settle_layout()
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         store = from_rank_0(trainer, lambda: self._store(trainer, pl_module))
         work = [self._look_up(trainer, data, name, store) for name in data.pairs]
@@ -79,8 +80,8 @@ class ReferenceCache(pl.Callback):
             "stored": str(embeddings.dtype), "layout": layout, "device": device.type,
             "attention": way(device.type, torch.bfloat16 if kind else torch.float32) if layout == "shared"
             else base.dpo_stock_attention,
-            "matmul": torch.get_float32_matmul_precision(), "torch": torch.__version__,
-            "transformers": transformers.__version__,
+            "autocast": _autocast(trainer, device.type), "matmul": torch.get_float32_matmul_precision(),
+            "torch": torch.__version__, "transformers": transformers.__version__,
         }  # fmt: skip
         name = hashlib.sha256(json.dumps(numerics, sort_keys=True).encode()).hexdigest()[:32]
         return ReferenceStore(self.folder / name)
@@ -102,7 +103,9 @@ class ReferenceCache(pl.Callback):
     def _compute(self, trainer: pl.Trainer, pl_module: Any, work: Sequence[Work], store: ReferenceStore) -> None:
         """Compute the batches, each rank its share in the same number of rounds, as sharded models demand."""
         device, world = trainer.strategy.root_device, trainer.world_size
-        live = pl_module.reference.live(device)
+        # Where a checkpoint is restored later on, as under DeepSpeed, the policy still is the reference.
+        itself = trainer.strategy.restore_checkpoint_after_setup
+        live = pl_module.reference.live(device, itself)
         told, done = time.perf_counter(), 0
         computed = [torch.zeros(part.known_N2.shape, device=device) for part in work]
         todo = [(n, batch) for n, part in enumerate(work) for batch in part.batches]
@@ -138,6 +141,12 @@ class ReferenceCache(pl.Callback):
             if not self.cannot_keep:
                 print(f"warning: the reference's log-probabilities cannot be kept: {error}", flush=True)
             self.cannot_keep = True
+
+
+def _autocast(trainer: pl.Trainer, kind: str) -> bool:
+    """Return whether the precision is torch's autocast; DeepSpeed's rounds the whole model instead."""
+    with trainer.precision_plugin.forward_context():
+        return torch.is_autocast_enabled(kind)
 
 
 def from_rank_0(trainer: pl.Trainer, make: Callable[[], Any]) -> Any:

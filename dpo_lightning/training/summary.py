@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -18,19 +17,26 @@ class Summary(pl.Callback):
     def __init__(self, facts: Mapping[str, str]):
         self.facts = facts
 
-    @rank_zero_only
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Print the table."""
+        """Print the table on the first rank; all of them choose the layout, as a probe of it may be a joint effort."""
+        pl_module.settle_layout()
+        if trainer.is_global_zero:
+            self._print(trainer, pl_module)
+
+    def _print(self, trainer: pl.Trainer, pl_module: Any) -> None:
         parameters = list(pl_module.policy.parameters())
-        trainable = sum(p.numel() for p in parameters if p.requires_grad)
-        everything = sum(p.numel() for p in parameters)
+        sizes = [(p.requires_grad, getattr(p, "ds_numel", p.numel())) for p in parameters]  # ZeRO-3 leaves 0 here
+        trainable = sum(size for trains, size in sizes if trains)
+        everything = sum(size for _, size in sizes)
         kind = trainer.strategy.root_device.type
         facts = {
             **self.facts,
             "parameters": f"{everything:,}, {trainable:,} trainable ({trainable / everything:.1%})",
             "reference": pl_module.reference.name,
             "layout": pl_module.layout,
-            "devices": f"{trainer.world_size} x {kind}, strategy {type(trainer.strategy).__name__}",
+            "devices": f"{trainer.world_size} x {kind}, on {trainer.num_nodes} nodes"
+            if trainer.num_nodes > 1
+            else f"{trainer.world_size} x {kind}",
             "precision": f"{trainer.precision}; {_dtypes(parameters)}",
             "steps": f"{int(trainer.estimated_stepping_batches)}",
         }
