@@ -67,6 +67,8 @@ def train(cfg: DictConfig, run_dir: Path, resume: Path | None, sweep: bool) -> i
         cache = ReferenceCache(cache_dir() / "reference", source.weights_digest, interrupt)
         trainer.callbacks.append(cache)  # type: ignore[attr-defined]
     module = build_module(cfg, source, data.layout)
+    if resume is not None:
+        trainer.num_sanity_val_steps = 0  # the validation before the first update has been made
     if trainer.is_global_zero:
         saver.facts["run"] = open_run(cfg, run_dir, trainer, resume)
     with interrupt.installed(), finished_loggers():

@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
+import torch
 from torch.utils.data import DataLoader
 
 from dpo_lightning.data.batches import PairTable, TrainingOrder, ValidationOrder
@@ -48,6 +49,7 @@ class PreferenceData(pl.LightningDataModule):
         self.train: Any = None
         self.val: Any = None
         self.pairs: dict[str, PairTable] = {}
+        self._dealt: TrainingOrder | None = None
         self.census: Census | None = None
 
     def prepare_data(self) -> None:
@@ -89,8 +91,10 @@ class PreferenceData(pl.LightningDataModule):
         return {"epoch": epoch, "pairs": pairs, "step_pairs": step_pairs, "of": len(self.train)}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on from there."""
+        """Go on from there; under DeepSpeed the loader has been made by now."""
         self.position = (state_dict["epoch"], state_dict["pairs"])
+        if self._dealt is not None:
+            self._dealt.skip = self.position
 
     def examples(self, count: int) -> list[dict[str, Any]]:
         """Return the first held-out rows: prompt as token ids, question as text."""
@@ -136,9 +140,9 @@ class PreferenceData(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Return this rank's micro-batches; Lightning sets the epoch of the order."""
-        order = self.order()
-        order.skip = self.position
-        return DataLoader(self.pairs["train"], sampler=order, batch_size=None)
+        self._dealt = self.order()
+        self._dealt.skip = self.position
+        return _loader(self.pairs["train"], self._dealt)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Return this rank's share of the validation pairs."""
@@ -146,7 +150,12 @@ class PreferenceData(pl.LightningDataModule):
         assert trainer is not None
         lengths = self.lengths(self.val).sum(1)
         order = ValidationOrder(lengths, self.batch_size, trainer.global_rank, trainer.world_size)
-        return DataLoader(self.pairs["val"], sampler=order, batch_size=None)
+        return _loader(self.pairs["val"], order)
+
+
+def _loader(pairs: PairTable, order: Any) -> DataLoader[Batch]:
+    """Return a loader that draws no random numbers of the training: it draws one each time it is gone through."""
+    return DataLoader(pairs, sampler=order, batch_size=None, generator=torch.Generator())
 
 
 def _prompts(table: Any) -> np.ndarray:
