@@ -1,5 +1,6 @@
 """Real ranks for tests: processes that talk over gloo, each of which runs several command lines one after the other."""
 
+import hashlib
 import json
 import os
 import socket
@@ -8,7 +9,56 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import lightning.pytorch as pl
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
+
+
+class Trace(pl.Callback):
+    """Appends a line for each step and rank: pairs, and loss, norm, rate, random state and weights to the bit."""
+
+    def __init__(self, folder: str):
+        self.folder = Path(folder)
+        self.ids: list[int] = []
+        self.step = 0
+
+    def on_train_start(self, trainer, pl_module):
+        self.step = trainer.global_step
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.ids += batch.rows_B.tolist() if batch.counted else []
+        if trainer.global_step == self.step:
+            return
+        self.step = trainer.global_step
+        logged = next(c.latest for c in trainer.callbacks if hasattr(c, "latest"))
+        exact = {key: float(logged[f"train/{key}"]).hex() for key in ("loss", "grad_norm", "lr")}
+        weights = hashlib.sha256()
+        for p in pl_module.parameters():
+            if p.requires_grad:
+                weights.update(getattr(p, "ds_tensor", p).detach().flatten().view(torch.uint8).numpy().tobytes())
+        line = {
+            "step": self.step, "epoch": trainer.current_epoch, "ids": self.ids, **exact, "weights": weights.hexdigest(),
+            "random": hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest(),
+        }  # fmt: skip
+        self.ids = []
+        with (self.folder / f"trace-{trainer.global_rank}.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def traced(run_dir: Path, *words: str) -> list[str]:
+    """Return the words of a run in `run_dir` that leaves a trace there."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    return [
+        *words, f"run_dir={run_dir}", "+callbacks.trace._target_=tests.ranks.Trace",
+        f"+callbacks.trace.folder={run_dir}", "trusted_targets=[tests.ranks.Trace]",
+    ]  # fmt: skip
+
+
+def trace(run_dir: Path, rank: int = 0) -> dict[int, dict[str, object]]:
+    """Return a rank's trace by step; what a killed run had traced and a later one has traced anew is replaced."""
+    rows = [json.loads(line) for line in (run_dir / f"trace-{rank}.jsonl").read_text().splitlines()]
+    return {row["step"]: row for row in rows}
 
 
 def free_port() -> int:
@@ -47,15 +97,16 @@ def finished(processes: Sequence[subprocess.Popen[str]], timeout: float = 280) -
     return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
 
 
-def run_ranks(runs: Sequence[Sequence[str]], cache: Path, world: int = 2, **more: str) -> list[list[int]]:
-    """Run command lines one after the other, each on all ranks; return each rank's exit codes.
+def run_ranks(runs: Sequence[Sequence[str]], cache: Path, world: int = 2, code: int = 0, **more: str) -> list[str]:
+    """Run command lines one after the other, each on all ranks; return what each rank printed.
 
-    A process that does not come to its end fails the test with its output.
+    {rank} in a word becomes the rank's number. Any exit code but `code` fails the test, with the output.
     """
     done = finished(start([sys.executable, __file__, json.dumps(runs)], world, environment(cache, **more)))
-    for code, output in done:
-        assert code == 0, output
-    return [json.loads(output.splitlines()[-1]) for _, output in done]
+    for ended, output in done:
+        assert ended == 0, output
+        assert json.loads(output.splitlines()[-1]) == [code] * len(runs), output
+    return [output for _, output in done]
 
 
 def main(runs: list[list[str]]) -> list[int]:
@@ -67,7 +118,7 @@ def main(runs: list[list[str]]) -> list[int]:
     codes = []
     for words in runs:
         GlobalHydra.instance().clear()
-        sys.argv = ["dpo_lightning", *words]
+        sys.argv = ["dpo_lightning", *(word.replace("{rank}", os.environ["LOCAL_RANK"]) for word in words)]
         try:
             cli()
         except SystemExit as done:

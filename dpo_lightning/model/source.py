@@ -141,7 +141,7 @@ class ModelSource:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        model.save_pretrained(folder)
+        _save(model, folder)
         self.load_tokenizer().save_pretrained(folder)
 
 
@@ -180,8 +180,14 @@ def write_gguf(file: Path, folder: Path) -> None:
     del model.config.quantization_config, model.hf_quantizer
     model.is_quantized = False
     model.config._name_or_path = file.stem
-    model.save_pretrained(folder)
+    _save(model, folder)
     AutoTokenizer.from_pretrained(file.parent, **where).save_pretrained(folder)
+
+
+def _save(model: Any, folder: Path) -> None:
+    """Write a model from any rank: where ranks talk, transformers leaves it to the first, which may not have to."""
+    model.should_save_on_this_rank = lambda is_main_process: True
+    model.save_pretrained(folder)
 
 
 def _made(folder: Path, write: Callable[[Path], None]) -> Path:
