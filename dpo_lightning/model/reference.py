@@ -61,7 +61,7 @@ class FrozenCopy(nn.Module):
 
 
 class Itself:
-    """A policy before its first update: its adapter is zero change, its weights are the reference's."""
+    """A policy without adapter before its first update: its weights are the reference's."""
 
     @torch.no_grad()
     def pair_logps(self, policy: Any, batch: Batch) -> PairLogps:
@@ -70,12 +70,15 @@ class Itself:
 
 
 class Cached:
-    """Log-probabilities that the batches bring with them; `live` is what computes those that are missing."""
+    """Log-probabilities that the batches bring with them; `live` is what computes those that are missing.
+
+    `load` gives a second model; None where the policy's adapter can be turned off.
+    """
 
     name = "cached"
 
-    def __init__(self, build_live: Callable[[], AdapterOff | FrozenCopy]):
-        self.build_live, self.layout = build_live, "padded"
+    def __init__(self, load: Callable[[], nn.Module] | None):
+        self.load, self.layout = load, "padded"
 
     def set_layout(self, layout: str) -> None:
         """Compute what is missing in the policy's layout."""
@@ -84,11 +87,11 @@ class Cached:
     def live(self, device: torch.device, itself: bool = False) -> AdapterOff | FrozenCopy | Itself:
         """Return the reference that computes; a second model, where that is one, is not kept.
 
-        `itself`: the policy has not been trained, so that it can stand in for its reference.
+        `itself`: the policy has not been trained, so that it can stand in for a second model.
         """
-        if itself:
+        if itself and self.load is not None:
             return Itself()
-        reference = self.build_live().to(device)
+        reference = AdapterOff() if self.load is None else FrozenCopy(self.load()).to(device)
         reference.set_layout(self.layout)
         return reference
 
@@ -111,7 +114,7 @@ def build_reference(
 ) -> AdapterOff | FrozenCopy | Cached:  # fmt: skip
     """Return the reference of `policy`; `load` gives a second model. auto: adapter_off where there is an adapter."""
     if mode == "cached":
-        return Cached(lambda: AdapterOff() if isinstance(policy, PeftModel) else FrozenCopy(load()))
+        return Cached(None if isinstance(policy, PeftModel) else load)
     has_adapter = isinstance(policy, PeftModel)
     if mode == "adapter_off" and not has_adapter:
         raise UserError("reference=adapter_off needs an adapter: use lora=r16 or reference=frozen_copy")

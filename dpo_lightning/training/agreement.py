@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 
 from dpo_lightning.training.ranks import gather_texts
 from dpo_lightning.types import UserError
@@ -50,10 +51,11 @@ def decided_by_rank_0(run_dir: Path, resume: Path | None) -> tuple[Path, Path | 
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return run_dir, resume
-    from torch.distributed.distributed_c10d import PrefixStore, TCPStore
-
+    talk: Any = torch.distributed
     where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = PrefixStore(f"dpo_lightning/{os.environ['TORCHELASTIC_RESTART_COUNT']}", TCPStore(*where, is_master=False))
+    store = talk.PrefixStore(
+        f"dpo_lightning/{os.environ['TORCHELASTIC_RESTART_COUNT']}", talk.TCPStore(*where, is_master=False)
+    )
     if os.environ["RANK"] == "0":
         store.set("start", json.dumps([str(run_dir), resume and str(resume)]))
     run, checkpoint = json.loads(store.get("start"))

@@ -21,13 +21,17 @@ def adamw(
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in trainable if _dimensions(p) >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if _dimensions(p) < 2], "weight_decay": 0.0},
     ]
     beta1, beta2 = betas
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(beta1, beta2), eps=eps, fused=True)
     factor = lr_factor(schedule, round(warmup_fraction * total_steps), total_steps)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def _dimensions(parameter: nn.Parameter) -> int:
+    return len(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 leaves a flat rest in the parameter's place
 
 
 def lr_factor(schedule: str, warmup: int, total: int) -> Callable[[int], float]:

@@ -51,6 +51,10 @@ def to_resume(resume: str, run_dir: Path, tidy: bool = True) -> Path | None:
             f"run_dir={run_dir}: none of its checkpoints is whole, see {run_dir / 'checkpoints'}; "
             f"give resume=PATH of a good copy, or {anew} to start anew"
         )
+    if found is None and trained and _was_killed(run_dir):
+        if is_first_process():
+            print(f"{run_dir}: the run there was ended before its first checkpoint; it starts anew")
+        return None
     if found is None and trained:
         raise UserError(
             f"run_dir={run_dir}: holds a run, and no checkpoint to go on from; choose another folder or remove it"
@@ -220,6 +224,11 @@ def undo_later(run_dir: Path, step: int) -> None:
 def _has_trained(run_dir: Path) -> bool:
     metrics = run_dir / "metrics.jsonl"
     return metrics.exists() and '"train/loss"' in metrics.read_text()
+
+
+def _was_killed(run_dir: Path) -> bool:
+    """Return whether the run in a folder has left nothing that starting anew would replace."""
+    return (run_dir / RUN_ID).exists() and not any((run_dir / name).exists() for name in ("adapter", "model"))
 
 
 def _has_broken(run_dir: Path) -> bool:

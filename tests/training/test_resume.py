@@ -298,6 +298,7 @@ def test_a_run_that_has_trained_starts_over_in_another_folder(run, tmp_path):
     with pytest.raises(UserError, match="holds a run, which resume=never would start over; choose another folder"):
         to_resume("never", run)
     shutil.rmtree(run / "checkpoints")
+    (run / "adapter").mkdir()
     with pytest.raises(UserError, match="holds a run, and no checkpoint to go on from; choose another folder"):
         to_resume("auto", run)
 
@@ -413,3 +414,15 @@ def test_a_key_that_is_gone_is_a_change_and_every_change_has_its_line():
     assert "loss.beta: 0.1 in the checkpoint, absent now" in str(error.value)
     with pytest.raises(UserError, match=r"^loss\.beta: ") as error:
         compare_config(CONFIG, now, ["seed", "loss.bet"])  # a prefix of a name is no group
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew_and_one_that_has_ended_does_not(
+    tmp_path, capsys
+):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/loss": 0.69}\n')
+    (tmp_path / "run_id").write_text("a")
+    assert to_resume("auto", tmp_path) is None
+    assert "starts anew" in capsys.readouterr().out
+    (tmp_path / "adapter").mkdir()
+    with pytest.raises(UserError, match="holds a run"):
+        to_resume("auto", tmp_path)

@@ -1,0 +1,193 @@
+"""Two real ranks under every strategy give one process's numbers; checkpoints go from any strategy to any other."""
+
+import json
+import math
+import shutil
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.ranks import run_ranks, trace, traced
+
+TINY = [
+    "model=tiny", "logger=none", "callbacks=none", "samples.count=0", "trainer.precision=32-true",
+    "trainer.accelerator=cpu", "data.max_pairs=40", "data.max_length=160",
+]  # fmt: skip
+STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
+MODES = {"r16": ("adapter_off", "frozen_copy", "cached"), "none": ("frozen_copy", "cached")}
+# strategy, LoRA or full, reference, accumulation; a step always has 8 pairs
+PARITY = [
+    *((strategy, lora, mode, 1) for strategy in STRATEGIES for lora, modes in MODES.items() for mode in modes),
+    *((strategy, lora, modes[0], n) for strategy in STRATEGIES for lora, modes in MODES.items() for n in (2, 4)),
+    *(("zero3_offload", lora, modes[0], 2) for lora, modes in MODES.items()),
+]
+
+
+def name(*case: object) -> str:
+    return "-".join(map(str, case))
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory, cache):
+    """Run every case on two ranks, and on one process: three steps each."""
+    folder = tmp_path_factory.mktemp("parity")
+    words = [*TINY, "trainer.max_steps=3"]
+    run_ranks([
+        [*words, f"strategy={strategy}", f"lora={lora}", f"reference={mode}", f"data.batch_size={4 // n}",
+         f"trainer.accumulate_grad_batches={n}", "trainer.devices=2",
+         f"run_dir={folder / name(strategy, lora, mode, n)}"]
+        for strategy, lora, mode, n in PARITY
+    ], cache)  # fmt: skip
+    single = [[*words, f"lora={lora}", "data.batch_size=8", f"run_dir={folder / lora}"] for lora in MODES]
+    run_ranks(single, cache, world=1)
+    return folder
+
+
+def rows(run: Path) -> list[dict[str, float]]:
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if not key.startswith("perf/")} for row in logged]
+
+
+def exported(run: Path) -> dict[str, torch.Tensor]:
+    (file,) = [*run.glob("adapter/*.safetensors"), *run.glob("model/*.safetensors")]
+    return load_file(file)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("case", PARITY, ids=lambda case: name(*case))
+def test_two_ranks_equal_one_process(compared, case):
+    one, two = compared / case[1], compared / name(*case)
+    ours, theirs = rows(two), rows(one)
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs] == [0, 1, 2, 3, 3]
+    # a cached log-probability comes from another batch, and is rounded otherwise
+    assert ours[1]["train/loss"] == pytest.approx(math.log(2), abs=1e-5 if case[2] == "cached" else 1e-6)
+    for a, b in zip(ours, theirs, strict=True):
+        for key in {*b} - {f"{stage}/rewards/accuracies" for stage in ("train", "val")}:
+            # rewards are differences of sums of some 2000 nats, which float32 knows to 1e-4
+            bound = 1e-5 if key in ("train/loss", "train/grad_norm", "val/loss") else 1e-4
+            assert a[key] == pytest.approx(b[key], abs=bound, rel=1e-5), (b["step"], key)
+    weights, expected = exported(two), exported(one)
+    assert weights.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(weights[key].float(), value.float(), atol=1e-5, rtol=1e-5)
+
+
+# 34 pairs, 8 a step: an epoch of 5 steps whose last one has 2 pairs for 4 forward passes; dropout is on.
+LONG = [
+    *TINY, "trainer.max_epochs=2", "data.batch_size=2", "trainer.accumulate_grad_batches=2", "trainer.devices=2",
+    "checkpoint.every_n_steps=1", "checkpoint.keep_last=null", "optim.lr=1e-3",
+]  # fmt: skip
+STEPS, CUTS = 10, (2, 5, 8)
+DROPOUT = {"r16": ["lora=r16", "lora.lora_dropout=0.1"], "none": ["lora=none"]}
+EXACT = [
+    *((strategy, lora, "auto", "32-true") for strategy in STRATEGIES for lora in DROPOUT),
+    *((strategy, "r16", "cached", "bf16-mixed") for strategy in STRATEGIES[1:]),
+    ("zero2", "none", "frozen_copy", "bf16-mixed"), ("zero3_offload", "r16", "auto", "32-true"),
+]  # fmt: skip
+
+
+def long_run(run: Path, strategy: str, lora: str, mode: str, precision: str) -> list[str]:
+    return traced(
+        run, *LONG, *DROPOUT[lora], f"strategy={strategy}", f"reference={mode}", f"trainer.precision={precision}"
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, cache):
+    """Run each case without a stop, a checkpoint at every step."""
+    folder = tmp_path_factory.mktemp("whole")
+    run_ranks([long_run(folder / name(*case), *case) for case in EXACT], cache)
+    return folder
+
+
+def cut(run: Path, step: int, to: Path) -> None:
+    """Make `to` the folder that `run` would have left if it had been killed after the checkpoint of a step."""
+    to.mkdir()
+    for file in ("run_id", "metrics.jsonl", "trace-0.jsonl", "trace-1.jsonl"):
+        shutil.copy(run / file, to / file)
+    shutil.copytree(run / "checkpoints" / f"step-{step:08d}", to / "checkpoints" / f"step-{step:08d}")
+
+
+@pytest.fixture(scope="module")
+def resumed(whole, tmp_path_factory, cache):
+    """Go on from the middle of an epoch, and from an epoch's end."""
+    folder = tmp_path_factory.mktemp("resumed")
+    runs = [(case, step) for i, case in enumerate(EXACT) for step in (CUTS[i % 3], CUTS[(i + 1) % 3])]
+    for case, step in runs:
+        cut(whole / name(*case), step, folder / name(*case, step))
+        for file in folder.glob("*/trace-*.jsonl"):
+            file.unlink()
+    run_ranks([long_run(folder / name(*case, step), *case) for case, step in runs], cache)
+    return folder
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("case", EXACT, ids=lambda case: name(*case))
+def test_a_resumed_run_has_the_bits_of_the_one_that_was_not_stopped(whole, resumed, case):
+    found = sorted(resumed.glob(name(*case) + "-*"))
+    assert len(found) == 2
+    for run in found:
+        step = int(run.name.rpartition("-")[2])
+        for rank in (0, 1):
+            expected = trace(whole / name(*case), rank)
+            assert [*expected] == [*range(1, STEPS + 1)]
+            assert trace(run, rank) == {n: row for n, row in expected.items() if n > step}
+        assert rows(run) == rows(whole / name(*case))
+        assert {k: v.tobytes() for k, v in arrays(run).items()} == {
+            k: v.tobytes() for k, v in arrays(whole / name(*case)).items()
+        }
+
+
+def arrays(run: Path):
+    return {key: value.float().numpy() for key, value in exported(run).items()}
+
+
+def pairs_of_steps(run: Path, ranks: int) -> list[list[int]]:
+    traces = [trace(run, rank) for rank in range(ranks)]
+    return [sorted(id_ for each in traces for id_ in each[step]["ids"]) for step in range(1, STEPS + 1)]
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("lora", DROPOUT)
+def test_a_run_goes_on_under_another_strategy_and_number_of_ranks(tmp_path, cache, lora):
+    """2 ranks of ZeRO-2 to step 3, one process to 6, 2 ranks of ZeRO-3 to the end: the same pairs in each step."""
+    plain = [word for word in DROPOUT[lora] if "dropout" not in word]
+    reference = tmp_path / "reference"
+    words = [*LONG, *plain, "strategy=zero2"]
+    run_ranks([traced(reference, *words)], cache)
+    run = tmp_path / "run"
+    cut(reference, 3, run)
+    alone = [*LONG, *plain, "trainer.devices=1", "strategy=single", "trainer.accumulate_grad_batches=4"]
+    run_ranks([traced(run, *alone)], cache, world=1)
+    for later in (run / "checkpoints").glob("step-*"):
+        if int(later.name[5:]) > 6:
+            shutil.rmtree(later)
+    run_ranks([traced(run, *LONG, *plain, "strategy=zero3")], cache)
+    one, two = trace(run, 0), trace(run, 1)
+    found = [sorted(one[s]["ids"] + (two[s]["ids"] if s not in (4, 5, 6) else [])) for s in range(1, STEPS + 1)]
+    assert found == pairs_of_steps(reference, 2)
+    for epoch in (found[:5], found[5:]):
+        assert sorted(id_ for step in epoch for id_ in step) == list(range(34))
+    for a, b in zip(rows(run), rows(reference), strict=True):
+        for key in {"train/loss", "train/grad_norm", "val/loss"} & {*b}:
+            assert a[key] == pytest.approx(b[key], rel=1e-5, abs=1e-5), (b["step"], key)
+    assert all(a <= b for a, b in pairwise(row["step"] for row in rows(run)))
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [(["loss.beta=0.{rank}5"], "loss.beta: 0.05 on rank 0, 0.15 on rank 1"), (["seed={rank}"], "seed: 0 on rank 0")],
+)
+def test_ranks_that_would_train_otherwise_are_refused_before_the_first_step(tmp_path, cache, words, key):
+    run = [*TINY, "trainer.devices=2", "trainer.max_steps=1", "strategy=ddp", f"run_dir={tmp_path / 'run'}", *words]
+    for output in run_ranks([run], cache, code=2):
+        assert f"error: {key}" in output
+    assert not (tmp_path / "run" / "checkpoints").exists()
