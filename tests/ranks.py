@@ -32,7 +32,7 @@ class Trace(pl.Callback):
             return
         self.step = trainer.global_step
         logged = next(c.latest for c in trainer.callbacks if hasattr(c, "latest"))
-        exact = {key: float(logged[f"train/{key}"]).hex() for key in ("loss", "grad_norm", "lr")}
+        exact = {key: float(logged.get(f"train/{key}", "nan")).hex() for key in ("loss", "grad_norm", "lr")}
         weights = hashlib.sha256()
         for p in pl_module.parameters():
             if p.requires_grad:
