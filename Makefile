@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test check lint bench clean
+.PHONY: demo test check lint soak gpu bench clean
 demo: $(STAMP)
 	$(BIN)/python -m dpo_lightning
 
@@ -11,6 +11,14 @@ test: $(STAMP)
 	$(BIN)/python -m pytest
 
 check: lint test
+
+# The long loops: 200 kills.
+soak: $(STAMP)
+	DPO_LIGHTNING_KILLS=200 $(BIN)/python -m pytest tests/training/test_kill_loop.py
+
+# For a machine with CUDA devices; elsewhere every test of it is skipped.
+gpu: $(STAMP)
+	$(BIN)/python -m pytest tests/gpu
 
 # TRL is needed for this alone. Hours; ARGS="hh-lora --resume" goes on with one that was cut off.
 bench: $(STAMP)

@@ -11,6 +11,8 @@ NOISE = (  # known warnings that do not concern the user, each by its message
     r".*is_gradient_checkpointing. is deprecated.*",
     r"Found .* module.s. in eval mode at the start of training.*",  # the frozen reference
     r".*your dataloader is not resumable.*",  # the data module keeps its position
+    r"Since DeepSpeed handles gradient clipping internally.*",  # it is told what to clip by
+    r".*torch.distributed.(all_gather_into|reduce_scatter)_tensor.* is deprecated.*",  # DeepSpeed calls them
 )
 
 

@@ -1,0 +1,97 @@
+"""The checks of the CPU tests on CUDA devices: `make gpu`. Skipped where there is none; never run so far."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from dpo_lightning.model.layout import choose_layout
+from dpo_lightning.model.source import ModelSource
+from tests.ranks import run_ranks, trace, traced
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+TINY = [
+    "model=tiny", "logger=none", "callbacks=none", "samples.count=0", "trainer.accelerator=gpu", "data.max_pairs=40",
+    "data.max_length=160", "trainer.deterministic=warn",
+]  # fmt: skip
+STRATEGIES = ["single", "ddp", "zero1", "zero2", "zero3", "zero3_offload"]
+DEVICES = min(2, torch.cuda.device_count())
+
+
+def devices_of(strategy: str) -> int:
+    return 1 if strategy == "single" else DEVICES
+
+
+def words(strategy: str, lora: str, precision: str) -> list[str]:
+    devices = devices_of(strategy)
+    return [
+        *TINY, f"strategy={strategy}", f"lora={lora}", f"trainer.precision={precision}", f"trainer.devices={devices}",
+        f"data.batch_size={8 // devices}",
+    ]  # fmt: skip
+
+
+def on_gpus(run: list[str], cache: Path, strategy: str) -> None:
+    run_ranks([run], cache, devices_of(strategy), DS_ACCELERATOR="cuda")
+
+
+def losses(run: Path) -> list[float]:
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row["train/loss"] for row in logged if "train/loss" in row]
+
+
+@pytest.fixture(scope="module")
+def on_cpu(tmp_path_factory, cache):
+    folder = tmp_path_factory.mktemp("cpu")
+    for lora in ("r16", "none"):
+        run = [*TINY, "trainer.accelerator=cpu", f"lora={lora}", "trainer.precision=32-true", "trainer.max_steps=4"]
+        kept = [word for word in run if word != "trainer.accelerator=gpu"]
+        run_ranks([[*kept, "data.batch_size=8", f"run_dir={folder / lora}"]], cache, world=1)
+    return folder
+
+
+@pytest.mark.parametrize("lora", ["r16", "none"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_float32_equals_one_cpu_process(on_cpu, tmp_path, cache, strategy, lora):
+    run = [*words(strategy, lora, "32-true"), "trainer.max_steps=4", f"run_dir={tmp_path / 'run'}"]
+    on_gpus(run, cache, strategy)
+    found = losses(tmp_path / "run")
+    assert found[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert found == pytest.approx(losses(on_cpu / lora), abs=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_16_bit_training_begins_at_ln2_and_lowers_the_loss(tmp_path, cache, strategy, precision):
+    run = [*words(strategy, "r16", precision), "optim.lr=1e-3", "trainer.max_epochs=4", f"run_dir={tmp_path / 'run'}"]
+    on_gpus(run, cache, strategy)
+    found = losses(tmp_path / "run")
+    assert found[0] == pytest.approx(math.log(2), abs=5e-3)
+    assert sum(found[-3:]) / 3 < math.log(2) - 0.02
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_resumed_run_has_the_bits_of_the_one_that_was_not_stopped(tmp_path, cache, strategy):
+    run = [*words(strategy, "r16", "bf16-mixed"), "lora.lora_dropout=0.1", "trainer.max_epochs=2"]
+    run += ["optim.schedule=constant"]  # which does not depend on the number of steps, that the stop changes
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    on_gpus(traced(whole, *run), cache, strategy)
+    on_gpus(traced(stopped, *run, "trainer.max_steps=3"), cache, strategy)
+    on_gpus(traced(stopped, *run), cache, strategy)
+    assert trace(stopped) == trace(whole)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "qwen3", "mistral"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_shared_prefix_agrees_with_padded_pairs(tmp_path, architecture, dtype):
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "head_dim": 16,
+    }
+    source = ModelSource("tiny", tmp_path, init="random", architecture=architecture, dimensions=sizes)
+    assert choose_layout(source.load(dtype).to("cuda"), "auto") == "shared"
