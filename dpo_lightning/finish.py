@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dpo_lightning.data.datamodule import PreferenceData
 from dpo_lightning.model.source import ModelSource
 from dpo_lightning.outputs import results, samples
@@ -38,7 +40,9 @@ def show_samples(config: Mapping[str, Any], data: PreferenceData, module: DPOMod
     if not (examples := data.examples(config["samples"]["count"])):
         return
     module.to(module.trainer.strategy.root_device)
-    with stoppable(), module.trainer.precision_plugin.forward_context():
+    device, precision = module.trainer.strategy.root_device.type, str(module.trainer.precision)
+    # DeepSpeed's mixed precision rounds its own copy; this one, whole, has weights of both kinds
+    with stoppable(), torch.autocast(device, torch.bfloat16, enabled=precision.startswith("bf16")):
         length = config["samples"]["max_new_tokens"]
         answers = samples.answer(module.policy, module.reference, data.tokenizer, examples, length)
     samples.save(answers, run_dir)

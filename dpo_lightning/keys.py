@@ -8,7 +8,7 @@ from typing import Any
 
 # What Lightning's Trainer takes beside the keys of conf/trainer/ and what train.py gives it: +trainer.KEY=...
 TRAINER_KEYS = {
-    "benchmark", "check_val_every_n_epoch", "detect_anomaly", "gradient_clip_algorithm", "inference_mode", "max_time",
+    "benchmark", "check_val_every_n_epoch", "detect_anomaly", "inference_mode", "max_time",
     "min_epochs", "min_steps", "profiler",
 }  # fmt: skip
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -14,6 +12,7 @@ from typing import Any
 import datasets
 import lightning.pytorch as pl
 from hydra.utils import instantiate
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from transformers.utils.logging import disable_progress_bar
@@ -22,19 +21,18 @@ from dpo_lightning.data.datamodule import PreferenceData
 from dpo_lightning.data.prepare import cache_dir, most_common
 from dpo_lightning.finish import finish
 from dpo_lightning.model.source import ModelSource
+from dpo_lightning.resolve import check_resume, fingerprint, passes, plain, resolve, step_pairs
 from dpo_lightning.training import loggers
 from dpo_lightning.training.agreement import Agreement, decided_by_rank_0, flat
-from dpo_lightning.training.changes import compare_config
 from dpo_lightning.training.checkpoint import Checkpoints, Saver
-from dpo_lightning.training.devices import choose_strategy, count_devices, memory_of_device, state_bytes
+from dpo_lightning.training.devices import on_cuda
 from dpo_lightning.training.interrupt import Interrupt
 from dpo_lightning.training.metric_log import MetricLog
 from dpo_lightning.training.module import DPOModule
-from dpo_lightning.training.optim import resolve_lr
-from dpo_lightning.training.precision import frozen_dtype, resolve_precision, store_linears
+from dpo_lightning.training.precision import frozen_dtype, store_linears
 from dpo_lightning.training.progress import ProgressBar
 from dpo_lightning.training.reference_cache import ReferenceCache
-from dpo_lightning.training.resume import CONFIG, MANIFEST, id_of, step_of, undo_later
+from dpo_lightning.training.resume import ORIGIN, id_of, step_of, undo_later
 from dpo_lightning.training.summary import Summary, print_facts
 from dpo_lightning.training.writer import sweep as remove_leftovers
 from dpo_lightning.types import UserError
@@ -57,116 +55,49 @@ def train(cfg: DictConfig, run_dir: Path, resume: Path | None, sweep: bool) -> i
     strategy = resolve(cfg, source, data, sweep)
     check_resume(cfg, data, resume)
     interrupt, log = Interrupt(), MetricLog()
+    facts_of_run = {"data": fingerprint(data), "step_pairs": step_pairs(cfg), "passes": passes(cfg)}
+    saver = Saver(plain(cfg), facts_of_run, cfg.checkpoint.keep_last)
+
+    def begin(trainer: pl.Trainer) -> None:
+        saver.facts["run"] = open_run(cfg, run_dir, trainer, resume)
+
     plan = {"run_dir": str(run_dir), "checkpoint": str(resume), "data": fingerprint(data), **flat(plain(cfg))}
-    saver = Saver(plain(cfg), {"data": fingerprint(data), "step_pairs": step_pairs(cfg)}, cfg.checkpoint.keep_last)
     trainer = build_trainer(cfg, run_dir, saver, [
-        Agreement(plan), Summary(facts(cfg, source, data, run_dir, resume, strategy)), log, interrupt,
-        Checkpoints(run_dir, cfg.checkpoint.every_n_steps, interrupt),
+        Agreement(plan, begin), Summary(facts(cfg, source, data, run_dir, resume, strategy)), log, interrupt,
+        Checkpoints(run_dir, cfg.checkpoint.every_n_steps),
     ])  # fmt: skip
     if cfg.reference.mode == "cached":
         cache = ReferenceCache(cache_dir() / "reference", source.weights_digest, interrupt)
         trainer.callbacks.append(cache)  # type: ignore[attr-defined]
     module = build_module(cfg, source, data.layout)
-    if resume is not None:
-        trainer.num_sanity_val_steps = 0  # the validation before the first update has been made
-    if trainer.is_global_zero:
-        saver.facts["run"] = open_run(cfg, run_dir, trainer, resume)
-    with interrupt.installed(), finished_loggers():
-        try:
-            trainer.fit(module, data, ckpt_path=resume, weights_only=True)
-        except SystemExit:  # what Lightning makes of a KeyboardInterrupt
-            if not interrupt.requested:
-                raise
-            return interrupt.exit_code
-        if not interrupt.stopping and log.is_stale(trainer):
-            trainer.validate(module, data, verbose=False)
+    if not fit(trainer, module, data, resume, interrupt, log):
+        return interrupt.exit_code
     if trainer.is_global_zero:
         if trainer.global_step:
             finish(plain(cfg), source, data, module, run_dir, interrupt.stopping)
         else:
             print("no step was made: there is nothing to export")
+    interrupt.wait_for_all()
     return interrupt.exit_code
 
 
-def resolve(cfg: DictConfig, source: ModelSource, data: PreferenceData, sweep: bool) -> str:
-    """Replace every `auto` of the configuration by what it stands for; return the strategy and the reason for it."""
-    full = "r" not in cfg.lora
-    trainer = cfg.trainer
-    trainer.precision = resolve_precision(trainer.precision, trainer.accelerator)
-    cfg.optim.lr = resolve_lr(cfg.optim.lr, full)
-    devices = count_devices(trainer.accelerator, plain(trainer)["devices"], trainer.num_nodes)
-    check_limits(cfg, len(data.train), devices)
-    if cfg.reference.mode == "auto":
-        cfg.reference.mode = reference_mode(cfg, len(data.train), devices, sweep)
-
-    def needed() -> int:
-        weights = source.count_weights()
-        size = 4 if trainer.precision == "32-true" else 2
-        return state_bytes(weights, weights if full else 0, 1 + (cfg.reference.mode == "frozen_copy"), size, devices)
-
-    memory = partial(memory_of_device, trainer.accelerator, devices // trainer.num_nodes)
-    cfg.strategy.name, reason = choose_strategy(cfg.strategy.name, devices, memory, needed)
-    if cfg.strategy.name == "single" and devices > 1:
-        raise UserError(f"strategy=single: there are {devices} devices; choose another, or trainer.devices=1")
-    return f"{cfg.strategy.name} ({reason})" if reason else cfg.strategy.name
-
-
-def check_limits(cfg: DictConfig, pairs: int, devices: int) -> None:
-    """Raise UserError for an interval of batches that does not fit an epoch, or that would cut a step in two."""
-    accumulate, limit, interval = (
-        cfg.trainer[key] for key in ("accumulate_grad_batches", "limit_train_batches", "val_check_interval")
-    )
-    batches = -(-pairs // (cfg.data.batch_size * accumulate * devices)) * accumulate
-    if isinstance(interval, int) and interval > batches:
-        raise UserError(f"trainer.val_check_interval={interval}: an epoch has {batches} batches; give at most that")
-    used = min(limit, batches) if isinstance(limit, int) else int(batches * limit)
-    if used % accumulate:
-        raise UserError(
-            f"trainer.limit_train_batches={limit}: {used} batches are no whole number of steps of "
-            f"trainer.accumulate_grad_batches={accumulate}; give a multiple of it"
-        )
-
-
-def check_resume(cfg: DictConfig, data: PreferenceData, resume: Path | None) -> None:
-    """Raise UserError where the run that is resumed was another one: other data, another loss, another step."""
-    if resume is None:
-        return
-    compare_config(json.loads((resume.parent / CONFIG).read_text()), plain(cfg), cfg.resume_allow)
-    manifest = json.loads((resume.parent / MANIFEST).read_text())
-    if manifest.get("data") != fingerprint(data) and "data" not in cfg.resume_allow:
-        raise UserError(f"resume: {resume.parent} was trained on other pairs than {data.source.name} gives now")
-    now = step_pairs(cfg)
-    if manifest.get("step_pairs") != now:
-        raise UserError(
-            f"data.batch_size: a step would have {now} pairs, in the checkpoint it has {manifest.get('step_pairs')}; "
-            "batch_size x accumulate_grad_batches x devices has to stay"
-        )
-
-
-def step_pairs(cfg: DictConfig) -> int:
-    """Return the pairs of an optimizer step."""
-    devices = count_devices(cfg.trainer.accelerator, plain(cfg.trainer)["devices"], cfg.trainer.num_nodes)
-    return cfg.data.batch_size * cfg.trainer.accumulate_grad_batches * devices
-
-
-def fingerprint(data: PreferenceData) -> str:
-    """Return a text that changes with any token of any training pair, and with their order."""
-    return hashlib.sha256(data.keys(data.train).tobytes()).hexdigest()
-
-
-def reference_mode(cfg: DictConfig, pairs: int, devices: int, sweep: bool) -> str:
-    """Return what reference=auto becomes: cached where a pair is met more than once."""
-    steps, epochs = cfg.trainer.max_steps, cfg.trainer.max_epochs
-    step = cfg.data.batch_size * cfg.trainer.accumulate_grad_batches * devices
-    ends_within_an_epoch = epochs == 1 or (steps != -1 and steps * step <= pairs)
-    if sweep or not ends_within_an_epoch:
-        return "cached"
-    return "adapter_off" if "r" in cfg.lora else "frozen_copy"
-
-
-def plain(cfg: DictConfig) -> dict[str, Any]:
-    """Return the resolved configuration as plain values."""
-    return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]
+def fit(
+    trainer: pl.Trainer, module: DPOModule, data: PreferenceData, resume: Path | None, interrupt: Interrupt,
+    log: MetricLog,
+) -> bool:  # fmt: skip
+    """Train, and validate what was trained; return whether it came to a step's end."""
+    if resume is not None:
+        trainer.num_sanity_val_steps = 0  # the validation before the first update has been made
+    with interrupt.installed(), finished_loggers():
+        try:
+            trainer.fit(module, data, ckpt_path=resume, weights_only=True)
+            if not interrupt.stopping and log.is_stale(trainer):
+                trainer.validate(module, data, verbose=False)
+        except SystemExit:  # what Lightning makes of a KeyboardInterrupt
+            if not interrupt.requested:
+                raise
+            return False
+    return True
 
 
 def open_run(cfg: DictConfig, run_dir: Path, trainer: pl.Trainer, resume: Path | None) -> str:
@@ -176,6 +107,8 @@ def open_run(cfg: DictConfig, run_dir: Path, trainer: pl.Trainer, resume: Path |
     OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
     remove_leftovers(run_dir / "checkpoints")
     step = step_of(resume) if resume is not None else -1
+    if resume is not None and resume.parent.parent.parent != run_dir:
+        (run_dir / ORIGIN).write_text(str(resume.parent))
     undo_later(run_dir, step)
     jsonl = loggers.JsonlLogger(run_dir)
     jsonl.rewind(step)
@@ -204,10 +137,14 @@ def only_check(cfg: DictConfig, run_dir: Path, resume: Path | None, sweep: bool)
 def build_trainer(cfg: DictConfig, run_dir: Path, saver: Saver, callbacks: list[pl.Callback]) -> pl.Trainer:
     """Return Lightning's Trainer; what it refuses becomes a UserError."""
     chosen = list(instantiate(cfg.callbacks).values())
+    build = partial(instantiate(cfg.strategy), cuda=on_cuda(cfg.trainer.accelerator), precision=cfg.trainer.precision)
+    plugins: list[Any] = [saver]
+    if SLURMEnvironment.detect():  # by itself it would save within a signal's handler, anywhere in a step
+        plugins.append(SLURMEnvironment(auto_requeue=False))
     try:
         return instantiate(
-            cfg.trainer, _convert_="all", strategy=instantiate(cfg.strategy)(pairs=cfg.data.batch_size),
-            plugins=[saver], logger=False, callbacks=[*callbacks, *chosen], default_root_dir=run_dir,
+            cfg.trainer, _convert_="all", strategy=build(pairs=cfg.data.batch_size),
+            plugins=plugins, logger=False, callbacks=[*callbacks, *chosen], default_root_dir=run_dir,
             enable_checkpointing=False, enable_model_summary=False,
             enable_progress_bar=any(isinstance(c, ProgressBar) for c in chosen),
             use_distributed_sampler=False,

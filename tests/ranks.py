@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -26,7 +27,7 @@ class Trace(pl.Callback):
     def on_train_start(self, trainer, pl_module):
         self.step = trainer.global_step
 
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+    def on_train_batch_end(self, trainer: Any, pl_module, outputs, batch, batch_idx):
         self.ids += batch.rows_B.tolist() if batch.counted else []
         if trainer.global_step == self.step:
             return
@@ -55,7 +56,7 @@ def traced(run_dir: Path, *words: str) -> list[str]:
     ]  # fmt: skip
 
 
-def trace(run_dir: Path, rank: int = 0) -> dict[int, dict[str, object]]:
+def trace(run_dir: Path, rank: int = 0) -> dict[int, dict[str, Any]]:
     """Return a rank's trace by step; what a killed run had traced and a later one has traced anew is replaced."""
     rows = [json.loads(line) for line in (run_dir / f"trace-{rank}.jsonl").read_text().splitlines()]
     return {row["step"]: row for row in rows}
@@ -69,8 +70,9 @@ def free_port() -> int:
 
 def environment(cache: Path, **more: str) -> dict[str, str]:
     """Return the environment of a rank: one thread, so that bits can be compared, and DeepSpeed's op built once."""
+    inherited = {key: value for key, value in os.environ.items() if key not in ("DPO_LIGHTNING_RUN_DIR", "LOCAL_RANK")}
     return {
-        **os.environ, "DPO_LIGHTNING_CACHE": str(cache), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
+        **inherited, "DPO_LIGHTNING_CACHE": str(cache), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
         "WANDB_MODE": "offline", "PYTHONPATH": str(ROOT), **more,
     }  # fmt: skip
 

@@ -29,10 +29,11 @@ MAY_USE = {
     "training": {"types", "data", "objective", "model"},
     "outputs": {"types", "data", "model"},
     "finish": {"types", "data", "model", "training", "outputs"},
-    "train": {"types", "config", "data", "objective", "model", "training", "outputs", "finish"},
+    "resolve": {"types", "data", "model", "training"},
+    "train": {"types", "config", "data", "objective", "model", "training", "outputs", "resolve", "finish"},
     "__main__": {"types", "keys", "config", "cli", "data", "training", "outputs", "train"},
 }
-VERBS = r"(train|config|__main__|cli/\w+)\.py"
+VERBS = r"(train|resolve|config|__main__|cli/\w+)\.py"
 # package of others: the files that may import it
 ONLY_IN = {
     "hydra": VERBS,

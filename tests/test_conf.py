@@ -25,7 +25,8 @@ GIVEN_BY_TRAIN = {
 }  # fmt: skip
 # What the Trainer takes and a training here has no use for.
 NO_USE = {
-    "barebones", "enable_autolog_hparams", "fast_dev_run", "limit_predict_batches", "limit_test_batches",
+    "barebones", "enable_autolog_hparams", "fast_dev_run", "gradient_clip_algorithm", "limit_predict_batches",
+    "limit_test_batches",
     "model_registry", "overfit_batches", "reload_dataloaders_every_n_epochs", "sync_batchnorm",
 }  # fmt: skip
 

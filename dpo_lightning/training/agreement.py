@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,10 @@ from dpo_lightning.types import UserError
 
 
 class Agreement(pl.Callback):
-    """Compares what the ranks are about to do, before any model is built."""
+    """Compares what the ranks are about to do, before any model is built; `begin` is what the first does then."""
 
-    def __init__(self, plan: Mapping[str, Any]):
-        self.plan = plan
+    def __init__(self, plan: Mapping[str, Any], begin: Callable[[pl.Trainer], None]):
+        self.plan, self.begin, self.begun = plan, begin, False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Raise UserError, on every rank, if one differs from the first; the text names the first key that does."""
@@ -29,6 +29,9 @@ class Agreement(pl.Callback):
                 first, other = plans[0].get(key), plan.get(key)
                 if first != other:
                     raise UserError(f"{key}: {first} on rank 0, {other} on rank {rank}; start every rank alike")
+        if trainer.is_global_zero and not self.begun:
+            self.begin(trainer)
+        self.begun = True
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

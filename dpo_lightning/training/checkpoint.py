@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -19,10 +20,10 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from dpo_lightning.training import faults
-from dpo_lightning.training.interrupt import Interrupt
 from dpo_lightning.training.resume import CONFIG, STATE
 from dpo_lightning.training.retention import Verified, best_step, retain
 from dpo_lightning.training.writer import publish
+from dpo_lightning.types import UserError
 
 
 class Saver(CheckpointIO):
@@ -82,7 +83,11 @@ class Saver(CheckpointIO):
     ) -> dict[str, Any]:  # fmt: skip
         """Return a checkpoint's state. Nothing but tensors and plain values is unpickled, whatever is asked for."""
         faults.at("load.mid")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            # mapped: each rank of a node reads what it keeps, and none holds a whole copy
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except pickle.UnpicklingError as error:
+            raise UserError(f"resume: {path} holds more than tensors and plain values: it is not loaded") from error
 
     def remove_checkpoint(self, path: Any) -> None:
         """Raise: `training/retention.py` alone deletes checkpoints."""
@@ -98,26 +103,42 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 class Checkpoints(pl.Callback):
-    """Saves every `every_n_steps` steps (None: never), at the end of each epoch, and when the run stops early."""
+    """Saves every `every_n_steps` steps (None: never), at the end of each epoch, and where the training ends.
 
-    def __init__(self, run_dir: Path, every_n_steps: int | None, interrupt: Interrupt):
-        self.folder, self.every_n_steps, self.interrupt = run_dir / "checkpoints", every_n_steps, interrupt
-        self._step = 0
+    Where a validation is due at the same step, it goes first: a run that is killed within it will make it again.
+    """
+
+    def __init__(self, run_dir: Path, every_n_steps: int | None):
+        self.folder, self.every_n_steps = run_dir / "checkpoints", every_n_steps
+        self._step = self._saved = 0
+        self._after_validation = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Know the step that a resumed run starts from."""
-        self._step = trainer.global_step
+        self._step = self._saved = trainer.global_step
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Save where a step has ended that is due, or the last one of a run that ends within an epoch."""
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:  # fmt: skip
+        """Save where a step has ended that is due; the end of an epoch saves by itself."""
         step = trainer.global_step
         if step == self._step:
             return
         self._step = step
         faults.at("step.end", step)
-        due = self.every_n_steps is not None and step % self.every_n_steps == 0
-        last = step == trainer.max_steps or self.interrupt.stopping
-        if (due or last) and not trainer.is_last_batch:  # else the end of the epoch saves, after its validation
+        if self.every_n_steps is None or step % self.every_n_steps or trainer.is_last_batch:
+            return
+        every = trainer.val_check_batch
+        validates = trainer.enable_validation and isinstance(every, int) and (batch_idx + 1) % every == 0
+        if validates and not trainer.should_stop:
+            self._after_validation = True
+        else:
+            self._save(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save what was due before the validation."""
+        if self._after_validation:
+            self._after_validation = False
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -125,5 +146,11 @@ class Checkpoints(pl.Callback):
         if trainer.is_last_batch:
             self._save(trainer)
 
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save the last step of a run that ends within an epoch: at max_steps, at a signal, at max_time."""
+        if trainer.global_step != self._saved:
+            self._save(trainer)
+
     def _save(self, trainer: pl.Trainer) -> None:
+        self._saved = trainer.global_step
         trainer.save_checkpoint(self.folder / f"step-{trainer.global_step:08d}")

@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import lightning.pytorch as pl
@@ -54,7 +55,7 @@ class Interrupt(pl.Callback):
         self.signal = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def on_sanity_check_start(self, trainer: pl.Trainer, *args: Any) -> None:
+    def on_validation_start(self, trainer: pl.Trainer, *args: Any) -> None:
         """Take the signals back from Lightning, which exits with 0 on SIGTERM and saves nothing."""
         if not self.requested:
             self._take()
@@ -64,7 +65,7 @@ class Interrupt(pl.Callback):
         if not self.requested:
             self._take()
         if trainer.world_size > 1 and self._group is None:
-            self._group = torch.distributed.new_group(backend="gloo")
+            self._group = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=1))
         self._step = trainer.global_step
         self._agree()
         trainer.should_stop = trainer.should_stop or self.stopping
@@ -77,6 +78,12 @@ class Interrupt(pl.Callback):
         self._agree()
         if self.stopping:
             trainer.should_stop = True
+            trainer.limit_val_batches = 0  # a validation may take longer than there is time
+
+    def wait_for_all(self) -> None:
+        """Wait for the first rank's export: launchers kill it when another rank has gone with an exit code."""
+        if self._group is not None:
+            torch.distributed.barrier(group=self._group)
 
     def _agree(self) -> None:
         """Make the signal of one rank that of all: a word between CPUs, no wait for a GPU."""

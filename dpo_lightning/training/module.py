@@ -14,6 +14,7 @@ from dpo_lightning.model.logps import pair_logps
 from dpo_lightning.objective.metrics import preference_metrics
 from dpo_lightning.training import faults
 from dpo_lightning.training.meter import PairMeans
+from dpo_lightning.training.optim import reset_settings, settings_of
 from dpo_lightning.training.position import place, restore_own, save_own
 from dpo_lightning.training.start import check_start
 from dpo_lightning.types import Batch, PairLogps
@@ -93,6 +94,7 @@ class DPOModule(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """Return AdamW and its schedule, which steps with every optimizer step."""
         optimizer, schedule = self.build_optimizer(self.policy, int(self.trainer.estimated_stepping_batches))
+        self.settings = settings_of(optimizer, schedule)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def forward(self, batch: Batch) -> tuple[PairLogps, PairLogps]:
@@ -135,7 +137,7 @@ class DPOModule(pl.LightningModule):
     ) -> None:
         """Clip by the norm of all trainable gradients, and keep norm and learning rate for the log.
 
-        DeepSpeed clips by itself and tells the norm after the step; see training/strategy.py.
+        DeepSpeed clips by itself and tells the norm after the step; see training/zero.py.
         """
         self.step_lr = optimizer.param_groups[0]["lr"]
         if not self.trainer.strategy.handles_gradient_accumulation:
@@ -156,7 +158,9 @@ class DPOModule(pl.LightningModule):
         self.ranks = checkpoint["ranks"]
 
     def on_train_start(self) -> None:
-        """Go on with the random numbers and the means of the run that is resumed."""
+        """Go on with the random numbers and the means of the run that is resumed, and with this start's settings."""
         if self.ranks is not None:
             restore_own(self.ranks, self.meters["train"], self.global_rank, self.device)
+            schedule: Any = self.trainer.lr_scheduler_configs[0].scheduler
+            reset_settings(self.trainer.optimizers[0], schedule, self.settings)
             self.ranks = None

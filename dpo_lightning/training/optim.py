@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,6 +29,26 @@ def adamw(
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(beta1, beta2), eps=eps, fused=True)
     factor = lr_factor(schedule, round(warmup_fraction * total_steps), total_steps)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def reset_settings(optimizer: Any, schedule: torch.optim.lr_scheduler.LambdaLR, settings: list[dict[str, Any]]) -> None:
+    """Give a resumed optimizer the settings of this start, and the learning rate of its schedule at this step.
+
+    Restored were those of the checkpoint; where nothing was changed they are the same to the bit.
+    """
+    schedule.base_lrs = [group["lr"] for group in settings]
+    factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+    for group, own, factor in zip(optimizer.param_groups, settings, factors, strict=True):
+        group |= {**own, "initial_lr": own["lr"], "lr": own["lr"] * factor}
+    schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
+
+
+def settings_of(optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LambdaLR) -> list[dict[str, Any]]:
+    """Return what a new optimizer's groups were given: base learning rate, betas, eps, weight decay."""
+    return [
+        {"lr": lr, **{key: group[key] for key in ("betas", "eps", "weight_decay")}}
+        for group, lr in zip(optimizer.param_groups, schedule.base_lrs, strict=True)
+    ]
 
 
 def _dimensions(parameter: nn.Parameter) -> int:

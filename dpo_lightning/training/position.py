@@ -40,6 +40,8 @@ def place(checkpoint: dict[str, Any], data: Mapping[str, int], accumulate: int) 
         "current": dict.fromkeys(COUNTS, batches),
         "is_last_batch": False,
     }
+    for counts in ("total", "current"):  # a checkpoint may have been saved at a validation's end
+        fit["epoch_loop.val_loop.batch_progress"][counts] = dict.fromkeys(COUNTS, 0)
 
 
 def save_own(meter: PairMeans, device: torch.device) -> list[str]:

@@ -17,7 +17,8 @@ from typing import Any
 
 from dpo_lightning.types import UserError
 
-STATE, CONFIG, MANIFEST, RUN_ID = "state.ckpt", "config.json", "manifest.json", "run_id"
+STATE, CONFIG, MANIFEST = "state.ckpt", "config.json", "manifest.json"
+RUN_ID, ORIGIN = "run_id", "resumed_from"  # of a run's folder
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # of a file in a checkpoint's folder, never a path out of it
 
 
@@ -36,7 +37,7 @@ def to_resume(resume: str, run_dir: Path, tidy: bool = True) -> Path | None:
                 f"resume={resume}: not a whole checkpoint, {reason}; "
                 "give a folder like RUN_DIR/checkpoints/step-00000012"
             )
-        return folder / STATE
+        return _begun_from(folder, run_dir, tidy) or folder / STATE
     found, trained = newest(run_dir, tidy), _has_trained(run_dir)
     if resume == "never":
         if found is not None or trained:
@@ -58,6 +59,21 @@ def to_resume(resume: str, run_dir: Path, tidy: bool = True) -> Path | None:
     if found is None and trained:
         raise UserError(
             f"run_dir={run_dir}: holds a run, and no checkpoint to go on from; choose another folder or remove it"
+        )
+    return found
+
+
+def _begun_from(folder: Path, run_dir: Path, tidy: bool) -> Path | None:
+    """Return how far the run in `run_dir` has come that was begun from another run's checkpoint: a requeued job's."""
+    if folder.parent.parent == run_dir:
+        return None
+    found = newest(run_dir, tidy)
+    if found is None and not _has_trained(run_dir):
+        return None
+    origin = run_dir / ORIGIN
+    if not origin.exists() or origin.read_text() != str(folder):
+        raise UserError(
+            f"run_dir={run_dir}: holds a run that was not begun from resume={folder}; choose another folder"
         )
     return found
 

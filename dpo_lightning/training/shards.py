@@ -44,6 +44,8 @@ class Shards:
         """Return the state_dict that torch's AdamW would have, or {} unless `keep`."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
+        if not self.zero.optimizer.state:  # no step has been applied
+            self._make_states(torch.tensor(0.0))
         self._link()
         states = {}
         for i, parameter in enumerate(self.parameters):
@@ -66,16 +68,20 @@ class Shards:
         """Set moments, number of steps and the groups' settings, from `optimizer_state` or torch's AdamW."""
         from deepspeed.utils import safe_set_full_optimizer_state
 
-        step = state["state"][0]["step"]
-        for flat in self._flats():  # DeepSpeed makes them at the first step
-            zeros = {key: torch.zeros_like(flat) for key in MOMENTS}
-            self.zero.optimizer.state[flat] = {"step": step.clone(), **zeros}
-        self._link()
+        self._make_states(state["state"][0]["step"])
         for i, parameter in enumerate(self.parameters):
             for key in MOMENTS:
                 safe_set_full_optimizer_state(parameter, state["state"][i][key].to(self.engine.device), key)
         for group, saved in zip(self.zero.param_groups, state["param_groups"], strict=True):
             group |= {key: value for key, value in saved.items() if key != "params"}
+
+    def _make_states(self, step: Tensor) -> None:
+        """Do what the first step does: give this rank's part of each group its moments."""
+        for flat in self._flats():
+            zeros = {key: torch.zeros_like(flat) for key in MOMENTS}
+            # the fused kernel reads the step where the weights are
+            self.zero.optimizer.state[flat] = {"step": step.to(flat.device, torch.float32, copy=True), **zeros}
+        self._link()
 
     def _link(self) -> None:
         """Let DeepSpeed find the moments of every group: it looks once, when the first group alone has any."""

@@ -131,7 +131,12 @@ def _fill(
 def _write(file: Path, write_to: Callable[[BinaryIO], object], disk: Disk) -> dict[str, Any]:
     """Write a file down to the disk; return what the manifest says of it."""
     with disk.open(file) as stream, _Hashed(stream, disk) as hashed:
-        write_to(cast(BinaryIO, hashed))
+        try:
+            write_to(cast(BinaryIO, hashed))
+        except Exception:
+            if hashed.error is not None:  # torch.save makes another kind of error of a full disk
+                raise hashed.error from None
+            raise
         disk.fsync(stream)
     return {"bytes": hashed.bytes, "sha256": hashed.sha256.hexdigest()}
 
@@ -142,13 +147,18 @@ class _Hashed(io.RawIOBase):
     def __init__(self, stream: BinaryIO, disk: Disk):
         self.stream, self.disk = stream, disk
         self.sha256, self.bytes = hashlib.sha256(), 0
+        self.error: OSError | None = None
 
     def writable(self) -> bool:
         return True
 
     def write(self, data: Any) -> int:
         size = memoryview(data).nbytes
-        self.disk.write(self.stream, data)
+        try:
+            self.disk.write(self.stream, data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
         self.sha256.update(data)
         self.bytes += size
         return size

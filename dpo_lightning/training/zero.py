@@ -12,6 +12,7 @@ from typing import Any
 
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
+from lightning.pytorch.strategies.deepspeed import remove_module_hooks
 from torch import Tensor, nn
 
 from dpo_lightning.training.shards import Shards
@@ -61,6 +62,7 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     def _initialize_deepspeed_inference(self, model: nn.Module) -> None:
         """Shard as for the training, without an optimizer: a validation by itself."""
+        remove_module_hooks(model)  # those of the training's engine
         config = {key: value for key, value in self.config.items() if key != "gradient_clipping"}  # type: ignore[union-attr]
         self.model = self._initialize(model, config if self.zero_stage_3 else _precision_of(config), None, [], None)
 
@@ -105,9 +107,11 @@ class ZeroStrategy(DeepSpeedStrategy):
         module.whole = whole if self.is_global_zero else None
 
     def teardown(self) -> None:
-        """Let transformers load whole models again."""
+        """Let go of the engine, and let transformers load whole models again."""
+        if self.zero_stage_3 and self._shards is not None:
+            self._shards.zero._partition_all_parameters()  # gathered ones would go to the CPU, and be used from there
         super().teardown()
-        self._hf_config = None
+        self._hf_config = self._shards = None
 
     # Checkpoints: whole tensors, gathered by all ranks and written by the first, as without DeepSpeed.
 
@@ -147,7 +151,10 @@ class ZeroStrategy(DeepSpeedStrategy):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Give every rank its part of Adam's moments."""
         assert self._shards is not None
+        assert self.lightning_module is not None
         self._shards.load_optimizer_state(checkpoint["optimizer_states"][0])
+        if self.lightning_module.trainer.fit_loop.done:  # the run had ended; its training will not, a second time
+            self.on_train_end()
 
 
 def _precision_of(config: Mapping[str, Any]) -> dict[str, Any]:

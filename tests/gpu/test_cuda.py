@@ -62,7 +62,7 @@ def test_float32_equals_one_cpu_process(on_cpu, tmp_path, cache, strategy, lora)
     assert found == pytest.approx(losses(on_cpu / lora), abs=1e-4)
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_16_bit_training_begins_at_ln2_and_lowers_the_loss(tmp_path, cache, strategy, precision):
     run = [*words(strategy, "r16", precision), "optim.lr=1e-3", "trainer.max_epochs=4", f"run_dir={tmp_path / 'run'}"]

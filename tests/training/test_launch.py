@@ -1,11 +1,14 @@
 """Ranks that Lightning starts, and ranks that torchrun starts: one run folder, one process's numbers."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
+from dpo_lightning.training.resume import to_resume
 from tests.ranks import environment
 
 TINY = [
@@ -54,3 +57,21 @@ def test_torchruns_ranks_share_a_dated_folder(one, metrics, tmp_path, cache):
     assert done.returncode == 0, done.stdout + done.stderr
     (run,) = (tmp_path / "runs").iterdir()
     compare(run, one, metrics)
+
+
+def test_a_signal_to_the_first_rank_stops_both_saves_and_exports(tmp_path, cache):
+    run = tmp_path / "run"
+    kept = [word for word in TINY if not word.startswith("trainer.max_steps")]
+    words = [*kept, "data.batch_size=4", "trainer.devices=2", "trainer.max_epochs=1000", f"run_dir={run}"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dpo_lightning", *words], env=environment(cache), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    metrics, deadline = run / "metrics.jsonl", time.monotonic() + 120
+    while time.monotonic() < deadline and not (metrics.exists() and "train/loss" in metrics.read_text()):
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 143, output
+    assert (run / "adapter" / "adapter_model.safetensors").exists()
+    assert to_resume("auto", run) is not None

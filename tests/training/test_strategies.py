@@ -191,3 +191,24 @@ def test_ranks_that_would_train_otherwise_are_refused_before_the_first_step(tmp_
     for output in run_ranks([run], cache, code=2):
         assert f"error: {key}" in output
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_a_run_that_had_ended_exports_the_same_once_more(whole, tmp_path, cache, strategy):
+    """As a job that was killed between its last checkpoint and its export does when it is started again."""
+    case = (strategy, "none", "auto", "32-true")
+    run = tmp_path / "run"
+    cut(whole / name(*case), STEPS, run)
+    run_ranks([long_run(run, *case)], cache)
+    assert {k: v.tobytes() for k, v in arrays(run).items()} == {
+        k: v.tobytes() for k, v in arrays(whole / name(*case)).items()
+    }
+
+
+def test_a_sharded_16_bit_run_answers_prompts_at_its_end(tmp_path, cache):
+    words = [word for word in LONG if not word.startswith("samples.count")]
+    more = ["samples.count=1", "samples.max_new_tokens=4", "trainer.max_steps=1", f"run_dir={tmp_path / 'run'}"]
+    kept = [word for word in words if not word.startswith("trainer.precision")]
+    run_ranks([[*kept, *more, "trainer.precision=bf16-mixed", "lora=none", "strategy=zero3"]], cache)
+    (answer,) = json.loads((tmp_path / "run" / "samples.json").read_text())
+    assert {*answer} == {"prompt", "reference", "policy"}

@@ -1,0 +1,114 @@
+"""What every `auto` stands for, and what data, devices and checkpoint do not allow: told before a model is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from dpo_lightning.data.datamodule import PreferenceData
+from dpo_lightning.model.source import ModelSource
+from dpo_lightning.training.changes import compare_config
+from dpo_lightning.training.devices import choose_strategy, count_devices, memory_of_device, state_bytes
+from dpo_lightning.training.optim import resolve_lr
+from dpo_lightning.training.precision import resolve_precision
+from dpo_lightning.training.resume import CONFIG, MANIFEST
+from dpo_lightning.types import UserError
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """Return the resolved configuration as plain values."""
+    return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]
+
+
+def resolve(cfg: DictConfig, source: ModelSource, data: PreferenceData, sweep: bool) -> str:
+    """Replace every `auto` of the configuration by what it stands for; return the strategy and the reason for it."""
+    full = "r" not in cfg.lora
+    trainer = cfg.trainer
+    trainer.precision = resolve_precision(trainer.precision, trainer.accelerator)
+    cfg.optim.lr = resolve_lr(cfg.optim.lr, full)
+    devices = count_devices(trainer.accelerator, plain(trainer)["devices"], trainer.num_nodes)
+    check_limits(cfg, len(data.train), devices)
+    if cfg.reference.mode == "auto":
+        cfg.reference.mode = reference_mode(cfg, len(data.train), devices, sweep)
+
+    def needed() -> int:
+        weights = source.count_weights()
+        size = 4 if trainer.precision == "32-true" else 2
+        return state_bytes(weights, weights if full else 0, 1 + (cfg.reference.mode == "frozen_copy"), size, devices)
+
+    if sweep and devices > 1 and "WANDB_SWEEP_ID" not in os.environ:
+        raise UserError("--multirun: not with several devices, as each rank would run the whole sweep; use a W&B sweep")
+
+    memory = partial(memory_of_device, trainer.accelerator, devices // trainer.num_nodes)
+    cfg.strategy.name, reason = choose_strategy(cfg.strategy.name, devices, memory, needed)
+    if cfg.strategy.name == "single" and devices > 1:
+        raise UserError(f"strategy=single: there are {devices} devices; choose another, or trainer.devices=1")
+    return f"{cfg.strategy.name} ({reason})" if reason else cfg.strategy.name
+
+
+def check_limits(cfg: DictConfig, pairs: int, devices: int) -> None:
+    """Raise UserError for an interval of batches that does not fit an epoch, or that would cut a step in two."""
+    accumulate, limit, interval = (
+        cfg.trainer[key] for key in ("accumulate_grad_batches", "limit_train_batches", "val_check_interval")
+    )
+    batches = -(-pairs // (cfg.data.batch_size * accumulate * devices)) * accumulate
+    if isinstance(interval, int) and interval > batches:
+        raise UserError(f"trainer.val_check_interval={interval}: an epoch has {batches} batches; give at most that")
+    used = min(limit, batches) if isinstance(limit, int) else int(batches * limit)
+    if used % accumulate:
+        raise UserError(
+            f"trainer.limit_train_batches={limit}: {used} batches are no whole number of steps of "
+            f"trainer.accumulate_grad_batches={accumulate}; give a multiple of it"
+        )
+
+
+def check_resume(cfg: DictConfig, data: PreferenceData, resume: Path | None) -> None:
+    """Raise UserError where the run that is resumed was another one: other data, another loss, another step."""
+    if resume is None:
+        return
+    compare_config(json.loads((resume.parent / CONFIG).read_text()), plain(cfg), cfg.resume_allow)
+    manifest = json.loads((resume.parent / MANIFEST).read_text())
+    if manifest.get("data") != fingerprint(data) and "data" not in cfg.resume_allow:
+        raise UserError(f"resume: {resume.parent} was trained on other pairs than {data.source.name} gives now")
+    now = step_pairs(cfg)
+    if manifest.get("step_pairs") != now:
+        raise UserError(
+            f"data.batch_size: a step would have {now} pairs, in the checkpoint it has {manifest.get('step_pairs')}; "
+            "batch_size x accumulate_grad_batches x devices has to stay"
+        )
+    limit = cfg.trainer.limit_train_batches
+    if isinstance(limit, int) and manifest.get("passes") != passes(cfg):
+        raise UserError(f"trainer.limit_train_batches={limit}: counts the batches of a rank; on other devices, or with "
+                        "another accumulation, the epoch would have other steps than the checkpoint's")  # fmt: skip
+
+
+def passes(cfg: DictConfig) -> int:
+    """Return the forward passes that an optimizer step's pairs are dealt to, those of all ranks."""
+    devices = count_devices(cfg.trainer.accelerator, plain(cfg.trainer)["devices"], cfg.trainer.num_nodes)
+    return cfg.trainer.accumulate_grad_batches * devices
+
+
+def step_pairs(cfg: DictConfig) -> int:
+    """Return the pairs of an optimizer step."""
+    return cfg.data.batch_size * passes(cfg)
+
+
+def fingerprint(data: PreferenceData) -> str:
+    """Return a text that changes with any token of any training pair, and with their order."""
+    return hashlib.sha256(data.keys(data.train).tobytes()).hexdigest()
+
+
+def reference_mode(cfg: DictConfig, pairs: int, devices: int, sweep: bool) -> str:
+    """Return what reference=auto becomes: cached where a pair is met more than once."""
+    steps, epochs = cfg.trainer.max_steps, cfg.trainer.max_epochs
+    step = cfg.data.batch_size * cfg.trainer.accumulate_grad_batches * devices
+    ends_within_an_epoch = epochs == 1 or (steps != -1 and steps * step <= pairs)
+    if sweep or not ends_within_an_epoch:
+        return "cached"
+    return "adapter_off" if "r" in cfg.lora else "frozen_copy"
