@@ -11,7 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from dpo_lightning.data.reference_store import RECORD, ReferenceStore
-from dpo_lightning.train import reference_mode
+from dpo_lightning.resolve import reference_mode
 from dpo_lightning.training.start import StartError
 
 WORDS = [
