@@ -62,6 +62,12 @@ def trace(run_dir: Path, rank: int = 0) -> dict[int, dict[str, Any]]:
     return {row["step"]: row for row in rows}
 
 
+def rows(run_dir: Path) -> list[dict[str, float]]:
+    """Return what a run has logged, without what depends on the clock."""
+    logged = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if not key.startswith("perf/")} for row in logged]
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

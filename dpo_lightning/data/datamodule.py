@@ -124,7 +124,7 @@ class PreferenceData(pl.LightningDataModule):
         rows = np.arange(len(self.pairs[name]))
         if name == "val":
             return rows if trainer.limit_val_batches else rows[:0]
-        epoch, done = self.position  # a resumed run may have made its steps with another batch size
+        epoch, done = self.position  # max_steps counts those before, too: more than can be met, never fewer
         met = done + trainer.max_steps * self.batch_size * trainer.accumulate_grad_batches * trainer.world_size
         ends_early = trainer.max_steps >= 0 and epoch == 0 and met < len(rows)
         return np.sort(self.order().rows(0)[:met]) if ends_early else rows

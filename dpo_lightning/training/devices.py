@@ -36,7 +36,7 @@ def memory_of_device(accelerator: str, on_this_node: int) -> int:
 def state_bytes(weights: int, trainable: int, copies: int, bytes_per_weight: int, devices: int) -> int:
     """Return the bytes that a device holds under ZeRO-2: its weights whole, its share of the training's states.
 
-    For each trainable weight the states are a float32 gradient, a float32 master copy and Adam's two moments
+    For each trainable weight the states are a gradient, a float32 master copy and Adam's two moments, 16 bytes at most
     (ZeRO, https://arxiv.org/abs/1910.02054, section 3.1). `copies` is 2 where a frozen reference lies beside it.
     """
     return weights * copies * bytes_per_weight + 16 * trainable // devices

@@ -1,4 +1,4 @@
-"""What ranks tell each other besides gradients: sums and texts, as tensors, never as pickled objects."""
+"""What ranks tell each other besides gradients: sums and texts, as tensors."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ import torch
 from dpo_lightning.training.checkpoint import Saver
 from dpo_lightning.training.resume import to_resume
 from dpo_lightning.types import UserError
-from tests.ranks import run_ranks, trace, traced
+from tests.ranks import rows, run_ranks, trace, traced
 
 STEPS = 10
 WORDS = [
@@ -48,11 +48,6 @@ def runs(tmp_path_factory, cache):
             cuts.append(traced(run, *WORDS, *words))
     run_ranks(cuts, cache, world=1)
     return folder
-
-
-def rows(run: Path) -> list[dict[str, float]]:
-    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if not key.startswith("perf/")} for row in logged]
 
 
 @pytest.mark.parametrize(("name", "step"), [*(("lora", n) for n in range(1, STEPS)), *(("full", n) for n in (1, 5, 8))])

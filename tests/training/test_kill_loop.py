@@ -1,21 +1,14 @@
 """Killed at any instant, also inside a save, a run on two ranks goes on, and ends with the bits of one never killed."""
 
-import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from tests.ranks import environment, trace
+from tests.ranks import environment, rows, trace
 
 KILLS = int(os.environ.get("DPO_LIGHTNING_KILLS", "12"))  # `make soak` asks for 200
-
-
-def rows(run: Path) -> list[dict[str, float]]:
-    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if not key.startswith("perf/")} for row in logged]
 
 
 @pytest.mark.timeout(30 * KILLS + 300)

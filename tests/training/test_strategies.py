@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.ranks import run_ranks, trace, traced
+from tests.ranks import rows, run_ranks, trace, traced
 
 TINY = [
     "model=tiny", "logger=none", "callbacks=none", "samples.count=0", "trainer.precision=32-true",
@@ -49,11 +49,6 @@ def compared(tmp_path_factory, cache):
     single = [[*words, f"lora={lora}", "data.batch_size=8", f"run_dir={folder / lora}"] for lora in MODES]
     run_ranks(single, cache, world=1)
     return folder
-
-
-def rows(run: Path) -> list[dict[str, float]]:
-    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if not key.startswith("perf/")} for row in logged]
 
 
 def exported(run: Path) -> dict[str, torch.Tensor]:
