@@ -17,39 +17,49 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dpo_lightning import __version__
+from dpo_lightning.checkpoints.folder import step_of
+from dpo_lightning.checkpoints.resume import to_resume
+from dpo_lightning.checkpoints.starts import check_progress
 from dpo_lightning.cli import guard
 from dpo_lightning.cli.errors import explain, fail
 from dpo_lightning.cli.hub import prefer_cache
 from dpo_lightning.cli.process import keep_freed_memory, quiet
+from dpo_lightning.cluster.exits import DONE, INTERRUPTED, WRONG_NUMBERS
 from dpo_lightning.config import CONF, check, check_values, run_dir_of
 from dpo_lightning.keys import nearest
-from dpo_lightning.training.resume import to_resume
-from dpo_lightning.types import UserError
+from dpo_lightning.types import RunError, UserError
 
-INTERRUPTED = 130  # exit code, the shell's for Ctrl-C: here before the training began, or the second one
-VERBS = ("train", "check", "export", "report", "compare")
+VERBS = ("train", "check", "submit", "export", "report", "compare")
 READS = {"export": ("run_dir", "export.merge"), "report": ("run_dir",), "compare": ("run_dir",)}
 
 
-def run(verb: str, cfg: DictConfig) -> int:
-    """Do what the verb says with a composed configuration; return the exit code."""
+def run(verb: str, cfg: DictConfig) -> tuple[int, float | None]:
+    """Do what the verb says with a composed configuration; return the exit code, and what a sweep optimises."""
     hydra_config = HydraConfig.get()
     if verb in READS:
         check_values(cfg)
         warn_of_ignored(verb, hydra_config.overrides.task)
         from dpo_lightning.outputs import verbs
 
-        return getattr(verbs, verb)(cfg)
+        return getattr(verbs, verb)(cfg), None
     check(cfg)
     judge_rows(cfg)
     multirun = hydra_config.mode is not None and hydra_config.mode.name == "MULTIRUN"
+    if verb == "submit":
+        return submit(cfg, multirun), None
+    warn_of_slurm(hydra_config.overrides.task)
     run_dir = run_dir_of(cfg, hydra_config.job.num if multirun else None)
     resume = to_resume(cfg.resume, run_dir, tidy=verb == "train")
+    if verb == "train":
+        check_progress(run_dir, step_of(resume) if resume else 0, cfg.cluster.max_restarts)
     prefer_cache(cfg)
     from dpo_lightning import train
 
     sweep = multirun or "WANDB_SWEEP_ID" in os.environ
-    return (train.only_check if verb == "check" else train.train)(cfg, run_dir, resume, sweep)
+    code = (train.only_check if verb == "check" else train.train)(cfg, run_dir, resume, sweep)
+    from dpo_lightning.outputs.results import last
+
+    return code, last(run_dir, cfg.optimized_metric) if multirun and verb == "train" and code == DONE else None
 
 
 def warn_of_ignored(verb: str, overrides: Sequence[str]) -> None:
@@ -57,6 +67,24 @@ def warn_of_ignored(verb: str, overrides: Sequence[str]) -> None:
     for override in overrides:
         if override.lstrip("+~").partition("=")[0] not in READS[verb]:
             print(f"warning: {override} has no effect: {verb} reads {' and '.join(READS[verb])}", file=sys.stderr)
+
+
+def warn_of_slurm(overrides: Sequence[str]) -> None:
+    """Say that what is asked of sbatch has no effect on a run that is begun at once."""
+    for override in overrides:
+        if override.lstrip("+~").startswith("slurm."):
+            print(f"warning: {override} has no effect: submit alone reads it", file=sys.stderr)
+
+
+def submit(cfg: DictConfig, multirun: bool) -> int:
+    """Make a SLURM job of what has been checked as far as no model is needed; return the exit code."""
+    from dpo_lightning.cli import submit as job
+
+    if multirun:
+        raise UserError("--multirun: not with submit; launch/sweep.sbatch runs a W&B sweep as SLURM jobs")
+    run_dir = job.folder_of(cfg)
+    to_resume(cfg.resume, run_dir, tidy=False)
+    return job.submit(cfg, run_dir, sys.argv[1:])
 
 
 def judge_rows(cfg: DictConfig) -> None:
@@ -67,6 +95,27 @@ def judge_rows(cfg: DictConfig) -> None:
     for key in ("data.path", "data.val_path"):
         if path := OmegaConf.select(cfg, key):
             validate(FileSource(path))
+
+
+def attempt(verb: str, cfg: DictConfig, codes: list[int]) -> float | None:
+    """Run one job, alone or of a sweep, and note its exit code; return what the sweep optimises.
+
+    A sweep goes on after a trial that has diverged. Anything else that ends a job ends the sweep.
+    """
+    reached = None
+    try:
+        code, reached = run(verb, cfg)
+    except UserError as error:
+        fail(str(error))
+    except (HydraException, OmegaConfBaseException) as error:
+        fail(explain(error))
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = error.exit_code
+    codes.append(code)
+    if code not in (DONE, WRONG_NUMBERS):
+        sys.exit(code)
+    return reached
 
 
 def main() -> None:
@@ -86,15 +135,11 @@ def main() -> None:
     codes: list[int] = []
     running: list[str] = []
 
-    def task(cfg: DictConfig) -> None:
+    def task(cfg: DictConfig) -> float | None:
         running.append(verb)
-        try:
-            codes.append(run(verb, cfg))
-        except UserError as error:
-            fail(str(error))
-        except (HydraException, OmegaConfBaseException) as error:
-            fail(explain(error))
+        reached = attempt(verb, cfg, codes)
         running.clear()
+        return reached
 
     entry: Callable[[], None] = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(task)
     try:

@@ -54,6 +54,11 @@ def _one_of(*words: str) -> Check:
     return lambda value: value in words, f"one of {', '.join(words)}"
 
 
+def _word(pattern: str, must_be: str) -> Check:
+    """Return a check of text without blanks, as it goes into a header of a job."""
+    return lambda v: isinstance(v, str | int) and bool(re.fullmatch(pattern, str(v), re.ASCII)), must_be
+
+
 POSITIVE: Check = lambda v: _number(v) and v > 0, "a number above 0"
 NOT_NEGATIVE: Check = lambda v: _number(v) and v >= 0, "a number, 0 or more"
 COUNT: Check = lambda v: _integer(v) and v > 0, "a whole number above 0"
@@ -72,15 +77,33 @@ DEVICES: Check = (
     lambda v: bool(re.fullmatch(r"auto|-1|\d+(,\d*)*", str(v)) and v != 0) or _list_of(_integer, v),
     "a number of devices, a list of their numbers, or auto",
 )
+OPTION: Check = _word(r"--[a-z][a-z-]*(=[\w./:@%+=,&|*()\[\]-]+)?", "an option of sbatch")
+NAME: Check = _word(r"[\w.,@+-]+", "a name")
 BETAS: Check = lambda v: _list_of(SHARE[0], v) and len(v) == 2, "two numbers below 1"
 
 CHECKS: dict[str, Check] = {
     "seed": (lambda v: _integer(v) and 0 <= v < 2**32, "a whole number from 0 to 2**32 - 1"),
+    "skip_spikes": _optional(POSITIVE),
     "run_dir": _optional(TEXT),
     "resume": TEXT,
     "resume_allow": TEXTS,
     "checkpoint.every_n_steps": _optional(COUNT),
     "checkpoint.keep_last": _optional(COUNT),
+    "cluster.hang_seconds": _optional(POSITIVE),
+    "cluster.slow_factor": (lambda v: _number(v) and v > 1, "a number above 1"),
+    "cluster.max_restarts": _optional((lambda v: _integer(v) and v >= 0, "a whole number, 0 or more")),
+    "slurm.partition": _optional(NAME),
+    "slurm.account": _optional(NAME),
+    "slurm.qos": _optional(NAME),
+    "slurm.time": _optional(_word(r"\d+-\d+(:\d+){0,2}|\d+(:\d+){1,2}", "like 04:00:00 or 1-12, in YAML in quotes")),
+    "slurm.gpus_per_node": _optional(_word(r"([\w.-]+:)?\d+", "a number of GPUs, or kind:number")),
+    "slurm.cpus_per_task": _optional(COUNT),
+    "slurm.mem": _optional(_word(r"\d+[KMGT]?", "like 256G; 0 is all of a node's")),
+    "slurm.constraint": _optional(_word(r"[\w.,:&|*()\[\]-]+", "features of nodes")),
+    "slurm.container": _optional(_word(r"[\w./:@#+=-]+", "an image's name or path")),
+    "slurm.extra": (lambda v: v == [] or _list_of(OPTION[0], v), "a list of options of sbatch, like --exclusive"),
+    "slurm.dry_run": FLAG,
+    "optimized_metric": _one_of("val/loss", "val/rewards/accuracies", "val/rewards/margins"),
     "export.merge": FLAG,
     "export.hub_id": _optional(TEXT),
     "samples.count": (lambda v: _integer(v) and v >= 0, "a whole number, 0 or more"),
@@ -157,7 +180,7 @@ def check_values(cfg: DictConfig) -> None:
     except OmegaConfBaseException as error:  # an interpolation: told above, unless it stands in a list
         raise UserError("\n".join(problems or str(error).splitlines()[:1])) from None
     root: Any = OmegaConf.to_container(OmegaConf.load(CONF / "config.yaml"))
-    groups = {folder.name for folder in CONF.iterdir() if folder.is_dir()} - {"experiment"}
+    groups = {folder.name for folder in CONF.iterdir() if folder.is_dir()} - {"experiment", "sweep"}
     problems += [*wrong_keys(plain, root, groups, _shipped()), *untrusted(plain, trusted(cfg))]
     if problems:
         raise UserError("\n".join(problems))

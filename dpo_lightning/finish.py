@@ -8,14 +8,16 @@ from typing import Any
 
 import torch
 
+from dpo_lightning.cluster.exits import StorageError
+from dpo_lightning.cluster.interrupt import stoppable
 from dpo_lightning.data.datamodule import PreferenceData
 from dpo_lightning.model.source import ModelSource
 from dpo_lightning.outputs import results, samples
 from dpo_lightning.outputs.card import Card
 from dpo_lightning.outputs.export import export
 from dpo_lightning.outputs.report import write_report
-from dpo_lightning.training.interrupt import stoppable
 from dpo_lightning.training.module import DPOModule
+from dpo_lightning.training.wandb_run import WandbRun
 
 
 def finish(
@@ -23,6 +25,9 @@ def finish(
     interrupted: bool,
 ) -> None:  # fmt: skip
     """Show what was gained, answer the sample prompts, export, report; `config` is the resolved one."""
+    if not module.trainer.global_step:
+        print("no step was made: there is nothing to export")
+        return
     module.make_whole()
     module.use_layout("padded")
     results.show_gain(run_dir)
@@ -32,7 +37,12 @@ def finish(
     except KeyboardInterrupt:
         print("the answers are skipped")
     finally:  # whatever happens to the answers, the training is not lost
-        write_export(config, source, data, module, run_dir)
+        try:
+            write_export(config, source, data, module, run_dir)
+        except OSError as error:
+            raise StorageError(
+                f"{run_dir}: cannot be exported ({error}); free space and start the run again"
+            ) from error
 
 
 def show_samples(config: Mapping[str, Any], data: PreferenceData, module: DPOModule, run_dir: Path) -> None:
@@ -47,6 +57,9 @@ def show_samples(config: Mapping[str, Any], data: PreferenceData, module: DPOMod
         answers = samples.answer(module.policy, module.reference, data.tokenizer, examples, length)
     samples.save(answers, run_dir)
     samples.show(answers)
+    for logger in module.trainer.loggers:
+        if isinstance(logger, WandbRun):
+            logger.log_table("samples", answers, module.trainer.global_step)
 
 
 def write_export(

@@ -11,13 +11,13 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from dpo_lightning.checkpoints.changes import compare_config
+from dpo_lightning.checkpoints.folder import CONFIG, MANIFEST
 from dpo_lightning.data.datamodule import PreferenceData
 from dpo_lightning.model.source import ModelSource
-from dpo_lightning.training.changes import compare_config
 from dpo_lightning.training.devices import choose_strategy, count_devices, memory_of_device, state_bytes
 from dpo_lightning.training.optim import resolve_lr
 from dpo_lightning.training.precision import resolve_precision
-from dpo_lightning.training.resume import CONFIG, MANIFEST
 from dpo_lightning.types import UserError
 
 
@@ -49,6 +49,9 @@ def resolve(cfg: DictConfig, source: ModelSource, data: PreferenceData, sweep: b
     cfg.strategy.name, reason = choose_strategy(cfg.strategy.name, devices, memory, needed)
     if cfg.strategy.name == "single" and devices > 1:
         raise UserError(f"strategy=single: there are {devices} devices; choose another, or trainer.devices=1")
+    if cfg.skip_spikes is not None and (cfg.strategy.name.startswith("zero") or trainer.precision == "16-mixed"):
+        given = f"strategy={cfg.strategy.name} and trainer.precision={trainer.precision}"
+        raise UserError(f"skip_spikes: not with {given}; use strategy=ddp and bf16-mixed, or leave it out")
     return f"{cfg.strategy.name} ({reason})" if reason else cfg.strategy.name
 
 

@@ -2,40 +2,55 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import re
 from collections.abc import Mapping
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 import lightning.pytorch as pl
+import torch
 from hydra.utils import instantiate
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from transformers.utils.logging import disable_progress_bar
 
+from dpo_lightning.checkpoints.changes import changed
+from dpo_lightning.checkpoints.folder import CONFIG, step_of
+from dpo_lightning.checkpoints.resume import ORIGIN, id_of, undo_later
+from dpo_lightning.checkpoints.saver import Checkpoints, Saver
+from dpo_lightning.checkpoints.starts import note
+from dpo_lightning.checkpoints.writer import sweep as remove_leftovers
+from dpo_lightning.cluster import slurm
+from dpo_lightning.cluster.agreement import Agreement, decided_by_rank_0, flat
+from dpo_lightning.cluster.exits import RankLost, TooLarge
+from dpo_lightning.cluster.interrupt import Interrupt
+from dpo_lightning.cluster.watchdog import Watchdog
 from dpo_lightning.data.datamodule import PreferenceData
 from dpo_lightning.data.prepare import cache_dir, most_common
 from dpo_lightning.finish import finish
 from dpo_lightning.model.source import ModelSource
 from dpo_lightning.resolve import check_resume, fingerprint, passes, plain, resolve, step_pairs
 from dpo_lightning.training import loggers
-from dpo_lightning.training.agreement import Agreement, decided_by_rank_0, flat
-from dpo_lightning.training.checkpoint import Checkpoints, Saver
 from dpo_lightning.training.devices import on_cuda
-from dpo_lightning.training.interrupt import Interrupt
+from dpo_lightning.training.failures import Failures
 from dpo_lightning.training.metric_log import MetricLog
 from dpo_lightning.training.module import DPOModule
 from dpo_lightning.training.precision import frozen_dtype, store_linears
 from dpo_lightning.training.progress import ProgressBar
 from dpo_lightning.training.reference_cache import ReferenceCache
-from dpo_lightning.training.resume import ORIGIN, id_of, step_of, undo_later
 from dpo_lightning.training.summary import Summary, print_facts
-from dpo_lightning.training.writer import sweep as remove_leftovers
 from dpo_lightning.types import UserError
+
+SMALLER = (
+    "half of data.batch_size with twice trainer.accumulate_grad_batches makes the same steps, and may be given to a "
+    "run that is resumed; model.gradient_checkpointing=true saves more"
+)
+TALK = re.compile(r"gloo|nccl|socket|store|connection|broken pipe|peer", re.IGNORECASE)  # of failed collectives
 
 for name in ("lightning.pytorch", "lightning.fabric"):
     logging.getLogger(name).setLevel(logging.WARNING)
@@ -54,41 +69,47 @@ def train(cfg: DictConfig, run_dir: Path, resume: Path | None, sweep: bool) -> i
     data = build_data(cfg, source)
     strategy = resolve(cfg, source, data, sweep)
     check_resume(cfg, data, resume)
-    interrupt, log = Interrupt(), MetricLog()
     facts_of_run = {"data": fingerprint(data), "step_pairs": step_pairs(cfg), "passes": passes(cfg)}
     saver = Saver(plain(cfg), facts_of_run, cfg.checkpoint.keep_last)
+    interrupt, log = Interrupt(slurm.end_of_job, lambda: saver.seconds), MetricLog()
+    watchdog = Watchdog(cfg.cluster.hang_seconds, cfg.cluster.slow_factor)
 
     def begin(trainer: pl.Trainer) -> None:
-        saver.facts["run"] = open_run(cfg, run_dir, trainer, resume)
+        saver.facts["run"] = begin_run(cfg, run_dir, trainer, resume)
 
     plan = {"run_dir": str(run_dir), "checkpoint": str(resume), "data": fingerprint(data), **flat(plain(cfg))}
     trainer = build_trainer(cfg, run_dir, saver, [
-        Agreement(plan, begin), Summary(facts(cfg, source, data, run_dir, resume, strategy)), log, interrupt,
-        Checkpoints(run_dir, cfg.checkpoint.every_n_steps),
+        Agreement(plan, begin), Summary(facts(cfg, source, data, run_dir, resume, strategy)), watchdog,
+        Failures(run_dir), log, interrupt, Checkpoints(run_dir, cfg.checkpoint.every_n_steps),
     ])  # fmt: skip
     if cfg.reference.mode == "cached":
         cache = ReferenceCache(cache_dir() / "reference", source.weights_digest, interrupt)
         trainer.callbacks.append(cache)  # type: ignore[attr-defined]
     module = build_module(cfg, source, data.layout)
-    if not fit(trainer, module, data, resume, interrupt, log):
-        return interrupt.exit_code
-    if trainer.is_global_zero:
-        if trainer.global_step:
+    with loggers.closed(trainer):
+        trained = fit(trainer, module, data, resume, interrupt, log, watchdog)
+        if trained and trainer.is_global_zero and not interrupt.goes_on:
             finish(plain(cfg), source, data, module, run_dir, interrupt.stopping)
-        else:
-            print("no step was made: there is nothing to export")
-    interrupt.wait_for_all()
+    if trained:
+        interrupt.wait_for_all()
+    if trainer.is_global_zero:
+        note(run_dir, end=interrupt.exit_code, step=trainer.global_step)
+        if interrupt.goes_on:
+            slurm.requeue()
     return interrupt.exit_code
 
 
 def fit(
     trainer: pl.Trainer, module: DPOModule, data: PreferenceData, resume: Path | None, interrupt: Interrupt,
-    log: MetricLog,
+    log: MetricLog, watchdog: Watchdog,
 ) -> bool:  # fmt: skip
-    """Train, and validate what was trained; return whether it came to a step's end."""
+    """Train, and validate what was trained; return whether it came to a step's end.
+
+    Raises RankLost where the ranks' talk has failed since one of them is gone.
+    """
     if resume is not None:
         trainer.num_sanity_val_steps = 0  # the validation before the first update has been made
-    with interrupt.installed(), finished_loggers():
+    with interrupt.installed():
         try:
             trainer.fit(module, data, ckpt_path=resume, weights_only=True)
             if not interrupt.stopping and log.is_stale(trainer):
@@ -97,7 +118,21 @@ def fit(
             if not interrupt.requested:
                 raise
             return False
+        except torch.OutOfMemoryError as error:
+            raise TooLarge(f"out of memory: {str(error).splitlines()[0]}; {SMALLER}") from error
+        except RuntimeError as error:
+            if TALK.search(str(error)) and (lost := watchdog.lost()):
+                raise RankLost(f"{lost}; the run goes on from its last checkpoint when it is started again") from error
+            raise
     return True
+
+
+def begin_run(cfg: DictConfig, run_dir: Path, trainer: pl.Trainer, resume: Path | None) -> str:
+    """Open the run before its model is built; raise UserError where its folder cannot be written."""
+    try:
+        return open_run(cfg, run_dir, trainer, resume)
+    except OSError as error:
+        raise UserError(f"run_dir={run_dir}: cannot be written ({error}); free space or choose another") from error
 
 
 def open_run(cfg: DictConfig, run_dir: Path, trainer: pl.Trainer, resume: Path | None) -> str:
@@ -107,6 +142,7 @@ def open_run(cfg: DictConfig, run_dir: Path, trainer: pl.Trainer, resume: Path |
     OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
     remove_leftovers(run_dir / "checkpoints")
     step = step_of(resume) if resume is not None else -1
+    note(run_dir, start=max(step, 0), ranks=trainer.world_size, changed=changed_settings(cfg, resume))
     if resume is not None and resume.parent.parent.parent != run_dir:
         (run_dir / ORIGIN).write_text(str(resume.parent))
     undo_later(run_dir, step)
@@ -114,6 +150,11 @@ def open_run(cfg: DictConfig, run_dir: Path, trainer: pl.Trainer, resume: Path |
     jsonl.rewind(step)
     trainer.loggers = [jsonl, *instantiate(cfg.logger)(run_dir, plain(cfg))]
     return known
+
+
+def changed_settings(cfg: DictConfig, resume: Path | None) -> Mapping[str, Any]:
+    """Return the settings that this start changes, each with its old and new value: a rollback with others, too."""
+    return changed(json.loads((resume.parent / CONFIG).read_text()), plain(cfg)) if resume is not None else {}
 
 
 def build_data(cfg: DictConfig, source: ModelSource) -> PreferenceData:
@@ -172,7 +213,7 @@ def build_module(cfg: DictConfig, source: ModelSource, layout: str) -> DPOModule
         build_policy=lambda: add_lora(source.load(dtype)),
         build_reference=partial(instantiate(cfg.reference), load=frozen_model),
         loss=instantiate(cfg.loss), beta=cfg.loss.beta, build_optimizer=instantiate(cfg.optim), seed=cfg.seed,
-        layout=layout,
+        layout=layout, skip_spikes=cfg.skip_spikes,
     )  # fmt: skip
 
 
@@ -210,12 +251,3 @@ def options_of(group: DictConfig) -> str:
 def longest_of(lengths: Any) -> int:
     """Return the tokens of the longest prompt with a completion, given lengths of shape (pairs, 3)."""
     return int((lengths[:, :1] + lengths[:, 1:]).max())
-
-
-@contextmanager
-def finished_loggers() -> Any:
-    """Close W&B's run whatever happens, or the next run of the process would go on in it."""
-    try:
-        yield
-    finally:
-        loggers.finish()

@@ -20,6 +20,12 @@ class UserError(ValueError):
     """A mistake in what the user gave. The text names the key or the row, and the remedy; exit code 2."""
 
 
+class RunError(RuntimeError):
+    """What a run cannot go on after. The text says what is wrong and what to do; `exit_code` is in docs/cluster.md."""
+
+    exit_code = 1
+
+
 class Message(TypedDict):
     """One turn of a conversation; role is system, user or assistant."""
 

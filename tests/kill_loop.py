@@ -20,7 +20,7 @@ WORDS = [
     "model=tiny", "logger=none", "callbacks=none", "samples.count=0", "trainer.precision=32-true",
     "trainer.accelerator=cpu", "data.max_pairs=40", "data.max_length=160", "trainer.devices=2", "strategy=zero2",
     "data.batch_size=2", "trainer.accumulate_grad_batches=2", "lora.lora_dropout=0.1", "optim.lr=1e-4",
-    "checkpoint.every_n_steps=2", "trainer.val_check_interval=4",
+    "checkpoint.every_n_steps=2", "trainer.val_check_interval=4", "cluster.max_restarts=null",
 ]  # fmt: skip
 POINTS = (
     "save.begin", "save.after_file", "save.before_manifest", "save.before_rename", "save.after_rename",
@@ -109,7 +109,7 @@ def loop(folder: Path, kills: int, seed: int, steps: int) -> list[str]:
             codes = life.end(0)
         told.append(f"step {done_steps(run)}, {fault}: {sorted(codes)}")
         # the rank that was not killed may see the other go, and end by itself
-        assert {-signal.SIGKILL} <= codes <= {-signal.SIGKILL, 1}, (told[-1], log.read_text()[-3000:])
+        assert {-signal.SIGKILL} <= codes <= {-signal.SIGKILL, 1, 4}, (told[-1], log.read_text()[-3000:])
     assert Life(mine, log).end(900) == {0}, log.read_text()[-5000:]
     return told
 

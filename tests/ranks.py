@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -83,12 +84,13 @@ def environment(cache: Path, **more: str) -> dict[str, str]:
     }  # fmt: skip
 
 
-def start(command: Sequence[str], world: int, env: Mapping[str, str]) -> list[subprocess.Popen[str]]:
-    """Start a process for each rank, as a launcher of a node would."""
+def start(command: Sequence[str], world: int, env: Mapping[str, str], nodes: int = 1) -> list[subprocess.Popen[str]]:
+    """Start a process for each rank, as launchers on `nodes` nodes would."""
     shared = {**env, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
     return [
         subprocess.Popen(
-            command, env={**shared, "NODE_RANK": "0", "LOCAL_RANK": str(rank)}, text=True, cwd=ROOT,
+            command, text=True, cwd=ROOT,
+            env={**shared, "NODE_RANK": str(rank * nodes // world), "LOCAL_RANK": str(rank % (world // nodes))},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         )
         for rank in range(world)
@@ -105,16 +107,25 @@ def finished(processes: Sequence[subprocess.Popen[str]], timeout: float = 280) -
     return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
 
 
-def run_ranks(runs: Sequence[Sequence[str]], cache: Path, world: int = 2, code: int = 0, **more: str) -> list[str]:
+def run_ranks(
+    runs: Sequence[Sequence[str]], cache: Path, world: int = 2, code: int | Sequence[int] = 0, **more: str
+) -> list[str]:
     """Run command lines one after the other, each on all ranks; return what each rank printed.
 
-    {rank} in a word becomes the rank's number. Any exit code but `code` fails the test, with the output.
+    {rank} in a word becomes the rank's number; a word env:NAME=VALUE is set in the environment of its run alone.
+    Any exit code but `code`, of all runs or of each, fails the test, with the output.
     """
     done = finished(start([sys.executable, __file__, json.dumps(runs)], world, environment(cache, **more)))
     for ended, output in done:
         assert ended == 0, output
-        assert json.loads(output.splitlines()[-1]) == [code] * len(runs), output
+        expected = [code] * len(runs) if isinstance(code, int) else list(code)
+        assert json.loads(output.splitlines()[-1]) == expected, output
     return [output for _, output in done]
+
+
+def fault(text: str) -> list[str]:
+    """Return the words that let a fault happen in a run."""
+    return [f"env:DPO_LIGHTNING_FAULT={text}", "env:DPO_LIGHTNING_ALLOW_FAULTS=1"]
 
 
 def main(runs: list[list[str]]) -> list[int]:
@@ -123,16 +134,27 @@ def main(runs: list[list[str]]) -> list[int]:
 
     from dpo_lightning import finish
     from dpo_lightning.__main__ import main as cli
+    from dpo_lightning.cluster import points
 
     finish.write_report = lambda run_dir: run_dir / "report.html"  # half of such a short run's time
     codes = []
     for words in runs:
         GlobalHydra.instance().clear()
-        sys.argv = ["dpo_lightning", *(word.replace("{rank}", os.environ["LOCAL_RANK"]) for word in words)]
+        points._met.clear()
+        own = [word.replace("{rank}", os.environ["LOCAL_RANK"]) for word in words]
+        before = dict(os.environ)
+        os.environ |= dict(word.removeprefix("env:").split("=", 1) for word in own if word.startswith("env:"))
+        sys.argv = ["dpo_lightning", *(word for word in own if not word.startswith("env:"))]
         try:
             cli()
         except SystemExit as done:
             codes.append(int(done.code or 0))
+        except Exception:
+            traceback.print_exc()
+            codes.append(1)
+        for name in {*os.environ} - {*before}:
+            del os.environ[name]
+        os.environ |= before
     return codes
 
 

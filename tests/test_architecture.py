@@ -22,16 +22,30 @@ MAY_USE = {
     "types": set(),
     "keys": set(),
     "config": {"types", "keys"},
-    "cli": {"types", "keys", "config"},
+    "cli": {"types", "keys", "config", "cluster"},
     "data": {"types"},
     "objective": {"types"},
     "model": {"types", "data", "objective"},
-    "training": {"types", "data", "objective", "model"},
+    "cluster": {"types"},
+    "checkpoints": {"types", "cluster"},
+    "training": {"types", "data", "objective", "model", "cluster", "checkpoints"},
     "outputs": {"types", "data", "model"},
-    "finish": {"types", "data", "model", "training", "outputs"},
-    "resolve": {"types", "data", "model", "training"},
-    "train": {"types", "config", "data", "objective", "model", "training", "outputs", "resolve", "finish"},
-    "__main__": {"types", "keys", "config", "cli", "data", "training", "outputs", "train"},
+    "finish": {"types", "data", "model", "cluster", "training", "outputs"},
+    "resolve": {"types", "data", "model", "checkpoints", "training"},
+    "train": {
+        "types",
+        "config",
+        "data",
+        "objective",
+        "model",
+        "cluster",
+        "checkpoints",
+        "training",
+        "outputs",
+        "resolve",
+        "finish",
+    },
+    "__main__": {"types", "keys", "config", "cli", "data", "cluster", "checkpoints", "outputs", "train"},
 }
 VERBS = r"(train|resolve|config|__main__|cli/\w+)\.py"
 # package of others: the files that may import it
@@ -39,8 +53,8 @@ ONLY_IN = {
     "hydra": VERBS,
     "omegaconf": VERBS,
     "deepspeed": r"training/(zero|shards)\.py",
-    "wandb": r"training/loggers\.py",
-    "lightning": r"data/datamodule\.py|training/.*|train\.py",
+    "wandb": r"training/wandb_run\.py",
+    "lightning": r"data/datamodule\.py|(cluster|checkpoints|training)/.*|train\.py",
 }
 NEVER_AT_THE_TOP = {"deepspeed": r".*", "torch": r"(__init__|config|keys|types|__main__|cli/\w+)\.py"}
 

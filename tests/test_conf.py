@@ -96,8 +96,8 @@ def test_option_is_a_diff(option: str) -> None:
     """No value is one that it inherits, and no key one that nothing inherited has. Experiments may name any group."""
     group = option.partition("=")[0]
     inherited = plain(composed(*parents(option)))
-    known = dict(leaves(inherited if group == "experiment" else inherited[group]))
-    for key, value in leaves({key: value for key, value in raw(option).items() if key != "defaults"}):
+    known = dict(leaves(inherited if group in ("experiment", "sweep") else inherited[group]))
+    for key, value in leaves({key: value for key, value in raw(option).items() if key not in ("defaults", "hydra")}):
         assert key in known or key.startswith("dimensions."), f"{option}: nothing knows {key}"
         assert key not in known or known[key] != value, f"{option}: {key}: {value} is inherited already"
 

@@ -224,7 +224,7 @@ def test_what_only_tokenized_rows_can_tell(folder: Path, main: Main, monkeypatch
 
 @pytest.mark.parametrize("verb", ["trane", "tests"])
 def test_unknown_verb(verb: str, folder: Path, main: Main) -> None:
-    assert_told(main(verb, "seed=1"), [f"unknown verb {verb}", "train, check, export, report, compare"], folder)
+    assert_told(main(verb, "seed=1"), [f"unknown verb {verb}", "train, check, submit, export, report, compare"], folder)
 
 
 @pytest.mark.parametrize("verb", ["report", "compare", "export"])
@@ -264,6 +264,11 @@ BAD: dict[str, list[object]] = {
     "resume_allow": [None, "loss", [5]],
     "checkpoint.every_n_steps": [0, "auto"],
     "checkpoint.keep_last": [0, 1.5],
+    "skip_spikes": [0, -1, "six"],
+    "cluster.hang_seconds": [0, "long"],
+    "cluster.slow_factor": [1, None],
+    "cluster.max_restarts": [-1, 1.5],
+    "optimized_metric": ["loss", None],
     "export.merge": ["yes", 1, None],
     "export.hub_id": [5],
     "samples.count": [-1, None],

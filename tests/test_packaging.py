@@ -45,7 +45,7 @@ def test_wheel_holds_code_conf_and_data(wheel: Path) -> None:
     assert len(conf) >= 35
     assert len(shipped) >= 2
     held = {name for name in ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    assert conf | code | shipped <= held
+    assert conf | code | shipped | {"dpo_lightning/launch/train.sbatch"} <= held
     assert not [name for name in held if not name.startswith("dpo_lightning/")]
 
 
@@ -56,6 +56,16 @@ def test_installed_elsewhere_it_composes_as_here(installed: Path, tmp_path: Path
     assert Path(where.strip()) == installed / "dpo_lightning" / "conf"
     script = installed / "bin" / "dpo-lightning"
     assert python(script, "--cfg", "job", cwd=tmp_path, path=installed) == composed
+
+
+def test_installed_elsewhere_it_writes_the_same_job(installed: Path, tmp_path: Path) -> None:
+    words = ("submit", "model=tiny", "trainer.devices=2", "slurm.dry_run=true")
+    jobs = [tmp_path / name / "job.sbatch" for name in ("there", "here")]
+    for job, path in zip(jobs, (installed, ROOT), strict=True):
+        python("-m", "dpo_lightning", *words, f"run_dir={job.parent}", cwd=tmp_path, path=path)
+    there, here = (job.read_text().replace(str(job.parent), "") for job in jobs)
+    assert there == here
+    assert "srun" in here
 
 
 def test_installed_elsewhere_it_trains(installed: Path, tmp_path: Path) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 import sys
+from typing import NoReturn
 
+from dpo_lightning.cluster.exits import USER_ERROR
 from dpo_lightning.config import CONF, keys_of
 from dpo_lightning.keys import nearest
 
-USER_ERROR = 2  # exit code
 
-
-def fail(text: str) -> None:
+def fail(text: str) -> NoReturn:
     """Print a line for each problem and leave with the exit code of a user's mistake."""
     for line in text.splitlines():
         print(f"error: {line}", file=sys.stderr)
@@ -21,6 +21,8 @@ def fail(text: str) -> None:
 def explain(error: Exception) -> str:
     """Return Hydra's complaint as one line that names the override, with the nearest key or option."""
     text = str(error)
+    if "hydra/sweeper" in text and "optuna" in text:
+        return "sweep=: Hydra's sweeper for Optuna is not installed; pip install 'dpo-lightning[sweep]'"
     if found := re.search(r"Could not override '([^']+)'", text):
         return no_such_key(found[1])
     if found := re.search(r"Could not append to config. An item is already at '([^']+)'", text):

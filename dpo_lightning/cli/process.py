@@ -13,11 +13,16 @@ NOISE = (  # known warnings that do not concern the user, each by its message
     r".*your dataloader is not resumable.*",  # the data module keeps its position
     r"Since DeepSpeed handles gradient clipping internally.*",  # it is told what to clip by
     r".*torch.distributed.(all_gather_into|reduce_scatter)_tensor.* is deprecated.*",  # DeepSpeed calls them
+    r"The `srun` command is available on your system.*",  # no job: a login node, or a machine that has SLURM's tools
 )
+# W&B would send the code, the difference to the last commit and all that is printed; none of it is asked for.
+PRIVATE = {"WANDB_DISABLE_CODE": "true", "WANDB_DISABLE_GIT": "true", "WANDB_CONSOLE": "off"}
 
 
 def quiet() -> None:
-    """Keep other packages' chatter off the screen."""
+    """Keep other packages' chatter off the screen, and out of W&B what the metrics do not need."""
+    for name, value in PRIVATE.items():
+        os.environ.setdefault(name, value)
     for text in NOISE:
         warnings.filterwarnings("ignore", message=text)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import itertools
 import json
+import shlex
 import sys
 import zlib
 from collections.abc import Iterable, Iterator
@@ -174,14 +175,20 @@ class HubSource:
 
 @functools.cache
 def _from_hub(repo: str, subset: str | None, split: str) -> Any:
-    from datasets import load_dataset
+    from datasets import config, load_dataset
 
     try:
         return load_dataset(repo, subset, split=split)
     except Exception as error:  # the hub raises a dozen kinds; all mean that the data cannot be had
         why = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(
-            f"data.name={repo}: cannot be loaded ({why}); "
-            "check the name, subset and split, log in with `hf auth login` if it is gated, "
+        keys = {"data.name": repo, "data.subset": subset, "data.split": split}
+        words = ["data=hub", *(f"{key}={value}" for key, value in keys.items() if value is not None)]
+        remedy = (
+            # `hf download` would not do: `datasets` looks for the tables that it has made itself
+            "it is not in the local cache: where there is a network, "
+            f"`{shlex.join(['python', '-m', 'dpo_lightning', 'check', 'model=tiny', *words])}`"
+            if config.HF_HUB_OFFLINE
+            else "check the name, subset and split, log in with `hf auth login` if it is gated, "
             "or download it where there is a network and give data=jsonl data.path=FILE"
-        ) from None
+        )
+        raise UserError(f"data.name={repo}: cannot be loaded ({why}); {remedy}") from None

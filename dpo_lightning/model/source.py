@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants as hub
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.hub import cached_file
@@ -213,11 +215,13 @@ def _reachable(name: str, load: Callable[..., Any], **options: Any) -> Any:
     try:
         return load(name, **options)
     except (OSError, ValueError) as error:
-        text = str(error)
-        gated = "gated" in text or "401" in text or "403" in text
-        remedy = (
-            "accept its licence on the hub and log in with `hf auth login`, or set HF_TOKEN"
-            if gated
-            else "check the name and the network, or download it elsewhere and give model=hf model.name=FOLDER"
-        )
-        raise UserError(f"model.name={name}: cannot be loaded ({text.splitlines()[0]}); {remedy}") from error
+        why = str(error).splitlines()[0]
+        raise UserError(f"model.name={name}: cannot be loaded ({why}); {_remedy(name, str(error))}") from error
+
+
+def _remedy(name: str, text: str) -> str:
+    if hub.HF_HUB_OFFLINE and not Path(name).exists():
+        return f"it is not in the local cache: where there is a network, `hf download {shlex.quote(name)}`"
+    if "gated" in text or "401" in text or "403" in text:
+        return "accept its licence on the hub and log in with `hf auth login`, or set HF_TOKEN"
+    return "check the name and the network, or download it elsewhere and give model=hf model.name=FOLDER"

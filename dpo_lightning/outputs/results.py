@@ -33,6 +33,12 @@ def validations(run_dir: Path) -> list[dict[str, float]]:
     return [row for row in read_metrics(run_dir) if "val/loss" in row]
 
 
+def last(run_dir: Path, key: str) -> float | None:
+    """Return a metric of the last validation, or None where none was made."""
+    rows = validations(run_dir)
+    return rows[-1][key] if rows else None
+
+
 def show_gain(run_dir: Path) -> None:
     """Print the first and the last validation."""
     rows = validations(run_dir)

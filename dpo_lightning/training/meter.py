@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dpo_lightning.training.ranks import over_ranks
+from dpo_lightning.cluster.ranks import over_ranks
 
 
 class PairMeans:

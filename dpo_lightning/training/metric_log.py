@@ -8,9 +8,10 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from dpo_lightning.cluster import points
+from dpo_lightning.cluster.ranks import over_ranks
 from dpo_lightning.model.flops import PairFlops, matmul_peak
 from dpo_lightning.model.padded import positions
-from dpo_lightning.training.ranks import over_ranks
 from dpo_lightning.types import Batch
 
 
@@ -106,5 +107,6 @@ class MetricLog(pl.Callback):
 
     def _log(self, trainer: pl.Trainer, metrics: dict[str, float], step: int) -> None:
         self.latest |= metrics
+        points.at("log", step)
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step)

@@ -9,13 +9,16 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from dpo_lightning.cluster import points
 from dpo_lightning.model.layout import choose_layout, set_layout
 from dpo_lightning.model.logps import pair_logps
 from dpo_lightning.objective.metrics import preference_metrics
-from dpo_lightning.training import faults
+from dpo_lightning.training.finite import FiniteGuard
 from dpo_lightning.training.meter import PairMeans
 from dpo_lightning.training.optim import reset_settings, settings_of
+from dpo_lightning.training.parts import Parts
 from dpo_lightning.training.position import place, restore_own, save_own
+from dpo_lightning.training.spikes import Spikes
 from dpo_lightning.training.start import check_start
 from dpo_lightning.types import Batch, PairLogps
 
@@ -33,6 +36,7 @@ class DPOModule(pl.LightningModule):
         build_optimizer: (policy, total steps) -> optimizer and its schedule.
         seed: of the adapter's initial weights.
         layout: auto, shared or padded; see `choose_layout`.
+        skip_spikes: leave out steps that are so many standard deviations above the last ones; None: none.
 
     `layout` is what was chosen once the model stands on its devices; `whole` the trained weights on the first rank
     once a sharded training has ended, None where the policy itself is whole.
@@ -42,7 +46,7 @@ class DPOModule(pl.LightningModule):
     def __init__(
         self, *, build_policy: Callable[[], nn.Module], build_reference: Callable[[nn.Module], Any],
         loss: Loss, beta: float, build_optimizer: Callable[[nn.Module, int], tuple[Any, Any]], seed: int,
-        layout: str = "auto",
+        layout: str = "auto", skip_spikes: float | None = None,
     ):  # fmt: skip
         super().__init__()
         self.strict_loading = False  # checkpoints hold the trainable weights alone
@@ -53,8 +57,9 @@ class DPOModule(pl.LightningModule):
         self.reference: Any = None
         self.ranks: list[str] | None = None  # what each rank held when the run was saved
         self.meters = {"train": PairMeans(), "val": PairMeans()}
+        self.guard, self.spikes, self.parts = FiniteGuard(), Spikes(skip_spikes), Parts()
         self.grad_norm: Tensor | float | None = None
-        self.skipped_steps: int | None = None  # that DeepSpeed left out for gradients that are not finite
+        self.skipped_steps: int | None = None  # spikes that were left out, if that was asked for
         self.step_lr = 0.0
         self.started = self.settled = False
         self.whole: dict[str, Tensor] | None = None
@@ -98,7 +103,12 @@ class DPOModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def forward(self, batch: Batch) -> tuple[PairLogps, PairLogps]:
-        """Return the log-probabilities under policy and reference; the reference goes first, on an empty memory."""
+        """Return the log-probabilities under policy and reference, in parts where a device is too small."""
+        return self.parts.score(self.trainer, batch, self._score)
+
+    def _score(self, batch: Batch) -> tuple[PairLogps, PairLogps]:
+        """Score by the reference first, on an empty memory."""
+        points.at("forward", self.trainer.global_step)
         reference = self.reference.pair_logps(self.policy, batch)
         return pair_logps(self.policy, batch), reference
 
@@ -106,6 +116,8 @@ class DPOModule(pl.LightningModule):
         self.settle_layout()
         policy, reference = self(batch)
         loss_B = self.loss(policy, reference)
+        if stage == "train":
+            loss_B = points.spoilt(loss_B, self.trainer.global_step)
         if not self.started and self.trainer.global_step == 0:
             check_start(self, policy, reference, loss_B)
         self.started = True
@@ -120,13 +132,37 @@ class DPOModule(pl.LightningModule):
         is the mean over its own pairs however they were dealt out.
         """
         trainer = self.trainer
-        faults.at("step.begin", trainer.global_step)
+        self.guard.begin(batch)
+        points.at("step.begin", trainer.global_step)
         share = trainer.accumulate_grad_batches * trainer.world_size / batch.step_pairs
-        return self._measure(batch, "train").sum() * share
+        loss_B = self._measure(batch, "train")
+        self.guard.add(loss_B)
+        return loss_B.sum() * share
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        """Be known to be in the backward pass."""
+        points.at("backward.begin", self.trainer.global_step)
+
+    def on_after_backward(self) -> None:
+        """Be known to have come through it."""
+        points.at("backward.end", self.trainer.global_step)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step as Lightning does; forward and backward pass are part of it."""
+        super().optimizer_step(*args, **kwargs)
+        points.at("update.end", self.trainer.global_step)
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Be known to wait for the next batch; what callbacks do at a step's end is done."""
+        points.at("data.next", self.trainer.global_step)
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Be known to have gradients; the weights are those of the step before."""
+        points.at("update.begin", self.trainer.global_step)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Measure the batch; the means are read at the end of the validation."""
-        faults.at("val.mid", self.trainer.global_step)
+        points.at("val.mid", self.trainer.global_step)
         self._measure(batch, "val")
 
     def configure_gradient_clipping(
@@ -135,20 +171,31 @@ class DPOModule(pl.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by the norm of all trainable gradients, and keep norm and learning rate for the log.
+        """Clip by the norm of all trainable gradients; refuse what is not finite, leave out spikes.
 
-        DeepSpeed clips by itself and tells the norm after the step; see training/zero.py.
+        DeepSpeed clips by itself and tells the norm after the step; see training/zero.py. With float16 a gradient
+        that overflows is a matter of the loss' scale: the scaler leaves the step out.
         """
         self.step_lr = optimizer.param_groups[0]["lr"]
         if not self.trainer.strategy.handles_gradient_accumulation:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             self.grad_norm = nn.utils.clip_grad_norm_(parameters, gradient_clip_val or float("inf"))
+            scaled = str(self.trainer.precision) == "16-mixed"
+            loss = self.guard.check(self.trainer, None if scaled else self.grad_norm)
+            self.guard.clear()
+            if self.spikes.is_spike(loss, self.grad_norm):
+                for p in parameters:
+                    p.grad = None  # AdamW passes over what has no gradient: weight and moments stay
+                self.skipped_steps = self.spikes.skipped
+                self.print(f"step {self.trainer.global_step + 1} is left out: loss {loss:.4g}, gradient norm "
+                           f"{float(self.grad_norm):.4g} are far above those before")  # fmt: skip
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave out what does not train: it comes back from the base model; put in what each rank holds of its own."""
         trainable = {name for name, p in self.named_parameters() if p.requires_grad}
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: value for name, value in state.items() if name in trainable}
+        checkpoint["spikes"] = self.spikes.state()
         checkpoint["ranks"] = save_own(self.meters["train"], self.device)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -156,6 +203,7 @@ class DPOModule(pl.LightningModule):
         data = checkpoint[type(self.trainer.datamodule).__qualname__]  # type: ignore[attr-defined]
         place(checkpoint, data, self.trainer.accumulate_grad_batches)
         self.ranks = checkpoint["ranks"]
+        self.spikes.load(checkpoint["spikes"])
 
     def on_train_start(self) -> None:
         """Go on with the random numbers and the means of the run that is resumed, and with this start's settings."""

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from dpo_lightning.cluster.ranks import gather_texts
 from dpo_lightning.training.meter import PairMeans
-from dpo_lightning.training.ranks import gather_texts
 
 COUNTS = ("ready", "started", "processed", "completed")
 

@@ -14,11 +14,12 @@ import numpy as np
 import torch
 import transformers
 
+from dpo_lightning.cluster import points
+from dpo_lightning.cluster.interrupt import Interrupt
 from dpo_lightning.data.batches import MicroBatch, PairTable, ValidationOrder
 from dpo_lightning.data.reference_store import ReferenceStore
 from dpo_lightning.model.attention import way
 from dpo_lightning.model.logps import base_of
-from dpo_lightning.training.interrupt import Interrupt
 
 VERSION = 2  # part of the key: raise it when the same pair would get other log-probabilities
 TOLD_EVERY = 60.0  # seconds between lines on a pass that takes long
@@ -114,6 +115,7 @@ class ReferenceCache(pl.Callback):
                 raise KeyboardInterrupt
             mine = first + trainer.global_rank < len(todo)
             n, batch = todo[first + trainer.global_rank if mine else first]
+            points.at("reference.batch")
             with trainer.precision_plugin.forward_context():
                 logps = live.pair_logps(pl_module.policy, work[n].pairs[batch].to(device))
             rows = list(batch.rows)

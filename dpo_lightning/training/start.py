@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpo_lightning.cluster.exits import WrongNumbers
+from dpo_lightning.cluster.ranks import gather_texts
 from dpo_lightning.types import PairLogps
 
 EXACT, ROUNDED = 1e-6, 5e-3  # on the loss: float32, and 16-bit arithmetic
@@ -14,12 +16,11 @@ EXACT, ROUNDED = 1e-6, 5e-3  # on the loss: float32, and 16-bit arithmetic
 EXACT_CACHED, ROUNDED_CACHED = 1e-4, 0.05
 
 
-class StartError(RuntimeError):
-    """The first batch shows that the run would optimise the wrong thing."""
-
-
 def check_start(module: Any, policy: PairLogps, reference: PairLogps, loss_B: Tensor) -> None:
-    """Raise StartError unless policy and reference are equal, and the loss that of equal models (ln 2 for DPO)."""
+    """Raise WrongNumbers unless policy and reference are equal, and the loss that of equal models (ln 2 for DPO).
+
+    Collective: every rank raises what one has seen.
+    """
     equal = PairLogps(*(torch.ones_like(part) for part in policy))
     expected = module.loss(equal, equal).mean().item()
     loss = loss_B.detach().mean().item()
@@ -30,10 +31,16 @@ def check_start(module: Any, policy: PairLogps, reference: PairLogps, loss_B: Te
         holds = (gaps_2B / tokens_2B).max().item() <= (ROUNDED_CACHED if rounded else EXACT_CACHED)
     else:
         holds = abs(loss - expected) <= (ROUNDED if rounded else EXACT) * max(1.0, expected)
-    if not holds:
-        raise StartError(
+    told = (
+        ""
+        if holds
+        else (
             f"the first loss is {loss:.6f} and should be {expected:.6f}, as policy and reference are equal before the "
             f"first update; their log-probabilities differ by up to {gaps_2B.max().item():.4g}. One of these is wrong: "
             "the reference is not the base model, the adapter did not start at zero, a dropout is on, or the "
             "log-probabilities are computed differently"
         )
+    )
+    for rank, text in enumerate(gather_texts(told, module.trainer.strategy.root_device)):
+        if text:
+            raise WrongNumbers(f"rank {rank}: {text}" if module.trainer.world_size > 1 else text)

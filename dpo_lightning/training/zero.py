@@ -6,14 +6,18 @@ Importing this imports deepspeed: `training/strategy.py` does so where ZeRO is a
 from __future__ import annotations
 
 import argparse
+import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 from lightning.pytorch.strategies.deepspeed import remove_module_hooks
 from torch import Tensor, nn
+from torch.utils.cpp_extension import get_default_build_root
 
 from dpo_lightning.training.shards import Shards
 
@@ -48,6 +52,7 @@ class ZeroStrategy(DeepSpeedStrategy):
             return
         reset_seed()
         self.set_world_ranks()
+        clear_stale_locks()
         self._init_deepspeed_distributed()
 
     def _setup_model_and_optimizer(
@@ -93,11 +98,26 @@ class ZeroStrategy(DeepSpeedStrategy):
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
     def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
-        """Step, and hand the module the norm of the gradients before they were clipped."""
-        result = super().optimizer_step(optimizer, closure, model, **kwargs)
+        """Step, unless a loss is not finite; hand the module the norm of the gradients before they were clipped.
+
+        DeepSpeed sees a gradient that is not finite by itself and leaves the update out. It would go on.
+        """
         module: Any = self.lightning_module
         engine = self.deepspeed_engine
-        module.grad_norm, module.skipped_steps = engine.get_global_grad_norm(), engine.skipped_steps
+        skipped, updates = engine.skipped_steps, engine.is_gradient_accumulation_boundary()
+
+        def guarded() -> Any:
+            result = closure()
+            if updates:
+                module.guard.check(module.trainer)
+            return result
+
+        result = super().optimizer_step(optimizer, guarded, model, **kwargs)
+        module.grad_norm = engine.get_global_grad_norm()
+        if engine.skipped_steps > skipped:
+            module.guard.stop(module.trainer, "the gradient")
+        if updates:
+            module.guard.clear()
         return result
 
     def on_train_end(self) -> None:
@@ -155,6 +175,19 @@ class ZeroStrategy(DeepSpeedStrategy):
         self._shards.load_optimizer_state(checkpoint["optimizer_states"][0])
         if self.lightning_module.trainer.fit_loop.done:  # the run had ended; its training will not, a second time
             self.on_train_end()
+
+
+def clear_stale_locks(after: float = 600.0) -> None:
+    """Remove locks of compilations that were killed: torch would wait for them for ever.
+
+    DeepSpeed has an operation compiled when ranks first talk over CPUs, in less than a minute; a lock that is older
+    than `after` seconds is nobody's.
+    """
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    for lock in [*root.glob("deepspeed_*/lock"), *root.glob("*/deepspeed_*/lock")]:
+        if time.time() - lock.stat().st_mtime > after:
+            print(f"removing {lock}: the compilation that held it is over")
+            lock.unlink(missing_ok=True)
 
 
 def _precision_of(config: Mapping[str, Any]) -> dict[str, Any]:

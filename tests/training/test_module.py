@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
+from dpo_lightning.cluster.exits import WrongNumbers
 from dpo_lightning.data.datamodule import PreferenceData
 from dpo_lightning.model.lora import add_lora, no_lora
 from dpo_lightning.model.reference import build_reference
@@ -15,7 +16,6 @@ from dpo_lightning.objective.losses import dpo
 from dpo_lightning.training.metric_log import MetricLog
 from dpo_lightning.training.module import DPOModule
 from dpo_lightning.training.optim import adamw
-from dpo_lightning.training.start import StartError
 
 TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 LORA = partial(add_lora, r=4, lora_alpha=8, lora_dropout=0.0, target_modules="all-linear")
@@ -102,7 +102,7 @@ def test_a_wrong_reference_stops_the_run_before_the_first_update(run, tmp_path):
     other = ModelSource(
         "other", tmp_path, init="random", architecture="llama", dimensions={**TINY, "rms_norm_eps": 0.1}
     )
-    with pytest.raises(StartError, match=r"the first loss is .* and should be 0\.693147"):
+    with pytest.raises(WrongNumbers, match=r"the first loss is .* and should be 0\.693147"):
         run(mode="frozen_copy", load_reference=partial(other.load, torch.float32))
 
 
@@ -115,7 +115,7 @@ def test_an_adapter_that_does_not_start_at_zero_stops_the_run(run):
                     parameter.add_(0.3)
         return policy
 
-    with pytest.raises(StartError, match="the adapter did not start at zero"):
+    with pytest.raises(WrongNumbers, match="the adapter did not start at zero"):
         run(tune=tune)
 
 

@@ -2,14 +2,18 @@
 
 import json
 import math
+import os
 import shutil
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from dpo_lightning.cluster import agreement
+from dpo_lightning.types import UserError
 from tests.ranks import rows, run_ranks, trace, traced
 
 TINY = [
@@ -89,6 +93,12 @@ EXACT = [
 ]  # fmt: skip
 
 
+OTHERWISE = {
+    "never-saved": "checkpoint.every_n_steps=null", "never-validated": "trainer.limit_val_batches=0",
+    "validated-often": "trainer.val_check_interval=4",
+}  # fmt: skip
+
+
 def long_run(run: Path, strategy: str, lora: str, mode: str, precision: str) -> list[str]:
     return traced(
         run, *LONG, *DROPOUT[lora], f"strategy={strategy}", f"reference={mode}", f"trainer.precision={precision}"
@@ -99,7 +109,8 @@ def long_run(run: Path, strategy: str, lora: str, mode: str, precision: str) -> 
 def whole(tmp_path_factory, cache):
     """Run each case without a stop, a checkpoint at every step."""
     folder = tmp_path_factory.mktemp("whole")
-    run_ranks([long_run(folder / name(*case), *case) for case in EXACT], cache)
+    others = [[*long_run(folder / other, *EXACT[4]), word] for other, word in OTHERWISE.items()]
+    run_ranks([*(long_run(folder / name(*case), *case) for case in EXACT), *others], cache)
     return folder
 
 
@@ -111,11 +122,16 @@ def cut(run: Path, step: int, to: Path) -> None:
     shutil.copytree(run / "checkpoints" / f"step-{step:08d}", to / "checkpoints" / f"step-{step:08d}")
 
 
+def cuts_of(number: int) -> list[int]:
+    """Return the steps that a case is cut after: two of the strategies in float32, one of the others."""
+    return [CUTS[(number + n) % 3] for n in range(2 if number < len(STRATEGIES) * len(DROPOUT) else 1)]
+
+
 @pytest.fixture(scope="module")
 def resumed(whole, tmp_path_factory, cache):
     """Go on from the middle of an epoch, and from an epoch's end."""
     folder = tmp_path_factory.mktemp("resumed")
-    runs = [(case, step) for i, case in enumerate(EXACT) for step in (CUTS[i % 3], CUTS[(i + 1) % 3])]
+    runs = [(case, step) for i, case in enumerate(EXACT) for step in cuts_of(i)]
     for case, step in runs:
         cut(whole / name(*case), step, folder / name(*case, step))
         for file in folder.glob("*/trace-*.jsonl"):
@@ -128,7 +144,7 @@ def resumed(whole, tmp_path_factory, cache):
 @pytest.mark.parametrize("case", EXACT, ids=lambda case: name(*case))
 def test_a_resumed_run_has_the_bits_of_the_one_that_was_not_stopped(whole, resumed, case):
     found = sorted(resumed.glob(name(*case) + "-*"))
-    assert len(found) == 2
+    assert len(found) == len(cuts_of(EXACT.index(case)))
     for run in found:
         step = int(run.name.rpartition("-")[2])
         for rank in (0, 1):
@@ -139,6 +155,13 @@ def test_a_resumed_run_has_the_bits_of_the_one_that_was_not_stopped(whole, resum
         assert {k: v.tobytes() for k, v in arrays(run).items()} == {
             k: v.tobytes() for k, v in arrays(whole / name(*case)).items()
         }
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("other", OTHERWISE)
+def test_saving_and_validating_change_nothing_on_two_ranks(whole, other):
+    for rank in (0, 1):
+        assert trace(whole / other, rank) == trace(whole / name(*EXACT[4]), rank)
 
 
 def arrays(run: Path):
@@ -188,6 +211,18 @@ def test_ranks_that_would_train_otherwise_are_refused_before_the_first_step(tmp_
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+def test_ranks_with_other_folders_or_checkpoints_are_refused(tmp_path, cache, monkeypatch):
+    """As from another second of the clock, or from a file system that shows a checkpoint late."""
+    words = [*TINY, "trainer.devices=2", "trainer.max_steps=1", "strategy=ddp"]
+    for output in run_ranks([[*words, f"run_dir={tmp_path}/run-{{rank}}"]], cache, code=2):
+        assert f"error: run_dir: {tmp_path}/run-0 on rank 0, {tmp_path}/run-1 on rank 1" in output
+    plans = [json.dumps({"seed": 1, "checkpoint": checkpoint}) for checkpoint in ("step-00000008", "None")]
+    monkeypatch.setattr(agreement, "gather_texts", lambda text, device: plans)
+    own = agreement.Agreement({}, lambda trainer: pytest.fail("it was begun"))
+    with pytest.raises(UserError, match="checkpoint: step-00000008 on rank 0, None on rank 1"):
+        own.setup(SimpleNamespace(strategy=SimpleNamespace(root_device=None)), None, "fit")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("strategy", ["zero2", "zero3"])
 def test_a_run_that_had_ended_exports_the_same_once_more(whole, tmp_path, cache, strategy):
     """As a job that was killed between its last checkpoint and its export does when it is started again."""
@@ -207,3 +242,17 @@ def test_a_sharded_16_bit_run_answers_prompts_at_its_end(tmp_path, cache):
     run_ranks([[*kept, *more, "trainer.precision=bf16-mixed", "lora=none", "strategy=zero3"]], cache)
     (answer,) = json.loads((tmp_path / "run" / "samples.json").read_text())
     assert {*answer} == {"prompt", "reference", "policy"}
+
+
+def test_a_lock_that_a_killed_compilation_left_is_waited_for_by_nobody(tmp_path, monkeypatch):
+    from dpo_lightning.training.zero import clear_stale_locks
+
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    locks = [tmp_path / "deepspeed_old" / "lock", tmp_path / "deepspeed_now" / "lock", tmp_path / "other" / "lock"]
+    for lock in locks:
+        lock.parent.mkdir()
+        lock.touch()
+    for lock in (locks[0], locks[2]):
+        os.utime(lock, (1, 1))
+    clear_stale_locks()
+    assert [lock.exists() for lock in locks] == [False, True, True]

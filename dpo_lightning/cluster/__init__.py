@@ -1,0 +1,1 @@
+"""Ranks, signals and faults: what several processes on machines that fail need to act as one."""

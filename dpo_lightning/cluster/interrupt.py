@@ -1,0 +1,180 @@
+"""A signal, or the end of a job's time, ends the training at the next step's end: what there is can be saved.
+
+Lightning's own handlers are replaced, not called: its SIGTERM handler talks to the other ranks from within the
+signal and ends with 0, its SLURM handler saves between any two instructions.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from dpo_lightning.cluster.exits import INTERRUPTED
+
+NOTES = {
+    signal.SIGINT: b"\nstopping at the end of this step, then saving; Ctrl-C again kills\n",
+    signal.SIGTERM: b"\nSIGTERM: stopping at the end of this step, then saving\n",
+    signal.SIGUSR1: b"\nSIGUSR1: stopping at the end of this step, then saving; the run goes on when started again\n",
+}
+UNMEASURED = 60.0  # seconds that a first save is given
+
+
+class Interrupt(pl.Callback):
+    """The first SIGINT, SIGTERM or SIGUSR1 of any rank stops all of them at the end of the same step.
+
+    SIGTERM and Ctrl-C end the run, SIGUSR1 leaves it to be gone on with. What comes after the first changes nothing,
+    except for a second Ctrl-C before the ranks have agreed to stop, which kills.
+
+    Args:
+        end_of_job: when the scheduler will end the job, in seconds since the epoch; asked on the first rank.
+        save_seconds: -> what the last save took, None where there was none.
+
+    """
+
+    def __init__(
+        self,
+        end_of_job: Callable[[], float | None] = lambda: None,
+        save_seconds: Callable[[], float | None] = lambda: None,
+    ) -> None:
+        self.signal: int | None = None
+        self.stopping = False  # what all ranks have agreed upon at the last step's end
+        self.complete = False  # the last step has been made
+        self._end_of_job, self._save_seconds = end_of_job, save_seconds
+        self._end: float | None = None
+        self._left_out = False
+        self._step = 0
+        self._since, self._longest = time.monotonic(), 0.0  # of a step, in seconds
+        self._group: Any = None  # of gloo: signals reach CPUs
+
+    @property
+    def requested(self) -> bool:
+        """Return whether a stop was asked for, of this process."""
+        return self.signal is not None
+
+    @property
+    def goes_on(self) -> bool:
+        """Return whether the run stopped before its end to be started again."""
+        return self.signal == signal.SIGUSR1 and not self.complete
+
+    @property
+    def exit_code(self) -> int:
+        """Return the shell's code for the signal that came, or 0: also where the run had come to its end."""
+        return 128 + self.signal if self.signal is not None and not self.complete else 0
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Take the signals over for a while."""
+        previous = {number: signal.getsignal(number) for number in NOTES}
+        self._take()
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _take(self) -> None:
+        for number in NOTES:
+            signal.signal(number, self._request)
+
+    def _request(self, number: int, frame: Any) -> None:
+        if self.signal is None:
+            self.signal = number
+            os.write(2, NOTES[signal.Signals(number)])  # print may be what the signal has interrupted
+        elif number == signal.SIGINT and not self.stopping:
+            os._exit(INTERRUPTED)  # checkpoints are published by one rename: none is torn
+
+    def on_validation_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Take the signals back from Lightning, which takes them when it starts to fit or to validate."""
+        self._take()
+
+    def on_train_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Take the signals where there was no validation before; begin no training that is not wanted any more."""
+        self._take()
+        if trainer.world_size > 1 and self._group is None:
+            self._group = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=1))
+        if trainer.is_global_zero:
+            self._end = self._end_of_job()
+        self._step, self._since = trainer.global_step, time.monotonic()
+        self._agree(trainer)
+        trainer.should_stop = trainer.should_stop or self.stopping
+        if self._left_out and not self.stopping:
+            self._left_out = False
+            trainer.validating = True
+            trainer.fit_loop.epoch_loop.val_loop.run()
+            trainer.training = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps: whether a validation was due that a signal has left out."""
+        return {"validation_left_out": self._left_out}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with it."""
+        self._left_out = state_dict["validation_left_out"]
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:  # fmt: skip
+        """Stop where a step has ended, never within an accumulation, and all ranks at the same one."""
+        if trainer.global_step == self._step:
+            return
+        self._step, now = trainer.global_step, time.monotonic()
+        self._longest, self._since = max(self._longest, now - self._since), now
+        self._agree(trainer)
+        if self.stopping:
+            self._left_out = validation_is_due(trainer, batch_idx)
+            trainer.should_stop = True
+            trainer.limit_val_batches = 0  # a validation may take longer than there is time
+
+    def on_validation_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Leave the validation out of the next step's time."""
+        self._since = time.monotonic()
+
+    def wait_for_all(self) -> None:
+        """Wait for the first rank's export: launchers kill it when another rank has gone with an exit code."""
+        if self._group is not None:
+            torch.distributed.barrier(group=self._group)
+
+    def _agree(self, trainer: pl.Trainer) -> None:
+        """Make the signal of one rank that of all: a word between CPUs, no wait for a GPU."""
+        if self.signal is None and self._no_time_left():
+            self.signal = signal.SIGUSR1
+            print("the job's time is nearly over: saving; the run goes on when started again", flush=True)
+        if self._group is not None:
+            number = torch.tensor([self.signal or 0])
+            torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, group=self._group)
+            self.signal = int(number) or self.signal
+            self.stopping = bool(number)
+        else:
+            self.stopping = self.requested
+        self.complete = trainer.global_step >= trainer.estimated_stepping_batches
+
+    def _no_time_left(self) -> bool:
+        """Return whether one more step could leave too little time for the save after it."""
+        saving = self._save_seconds()
+        needed = 2 * (UNMEASURED / 2 if saving is None else saving) + 2 * self._longest + 5
+        return self._end is not None and time.time() + needed > self._end
+
+
+def validation_is_due(trainer: pl.Trainer, batch_idx: int) -> bool:
+    """Return whether Lightning will validate once the batch of this number in its epoch has ended."""
+    every, epochs = trainer.val_check_batch, trainer.check_val_every_n_epoch
+    in_this_epoch = epochs is None or (trainer.current_epoch + 1) % epochs == 0
+    return trainer.enable_validation and in_this_epoch and isinstance(every, int) and (batch_idx + 1) % every == 0
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Let SIGTERM raise KeyboardInterrupt like Ctrl-C, for work that can be left out."""
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -1,0 +1,149 @@
+"""A rank that is killed, hangs or is slow is named, and a run that cannot go on ends: in bounded time, on every rank.
+
+Each rank has a thread that tells the others, through a small store in the first rank's process, that its own process
+lives and which of the run's named points (`cluster/points.py`) it has passed last. Nothing is asked of a GPU.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+
+from dpo_lightning.cluster import points
+from dpo_lightning.cluster.exits import RANK_LOST
+from dpo_lightning.cluster.signs import BEAT, Signs, behind, slow
+
+GRACE = 10.0  # seconds that the main thread has to notice a failure by itself
+LOOK = 30.0  # seconds between two looks for slow ranks
+LOOKS = 3  # that a rank has to be slow in, one after the other
+
+
+class Watchdog(pl.Callback):
+    """Watches over the ranks while they train.
+
+    Args:
+        hang_seconds: a rank that passes no named point for so long ends the run; None: never.
+        slow_factor: a rank that takes so many times what the others take, before each backward pass, is told of, once.
+        look: seconds between two looks for such ranks.
+        end: what ends this process, given the exit code.
+
+    """
+
+    def __init__(
+        self, hang_seconds: float | None, slow_factor: float, look: float = LOOK, end: Callable[[int], None] = os._exit
+    ):
+        self.hang_seconds, self.slow_factor, self.look, self._end = hang_seconds, slow_factor, look, end
+        self.signs = Signs()
+        self._over = threading.Event()
+        self._children: list[Any] = []
+        self._ready = time.monotonic()
+        self._slow: dict[int, int] = {}  # rank: looks in a row
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Meet the other ranks and begin to watch."""
+        self.signs = Signs.meet(trainer)
+        self._children = _take_children(trainer)
+        points.at("data.next", trainer.global_step)
+        self._over.clear()
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Have a batch to work on."""
+        self._ready = time.monotonic()
+
+    def on_before_backward(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Measure what this rank has taken by itself: in the backward pass the ranks wait for each other."""
+        seconds = time.monotonic() - self._ready
+        self.signs.busy = seconds if self.signs.busy == 0 else 0.8 * self.signs.busy + 0.2 * seconds
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Watch no longer: export and report take what they take."""
+        self._over.set()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leave the failure to the main thread."""
+        self._over.set()
+
+    def lost(self) -> str:
+        """Return which ranks have ended or give no sign of life any more, or "" where there are none.
+
+        For the main thread, after a failure; takes up to ten beats.
+        """
+        return self._ended() or self.signs.lost()
+
+    def _watch(self) -> None:
+        """Beat, and look whether this rank gets on; the others are asked only if it does not."""
+        looked = time.monotonic()
+        while not self._over.wait(BEAT):
+            try:
+                self.signs.tell()
+                if self.signs.rank == 0 and time.monotonic() - looked > self.look:
+                    looked = time.monotonic()
+                    self._look_for_slow_ranks()
+            except RuntimeError as error:  # of the store, which lives in the first rank
+                self._give_up(f"rank 0 cannot be reached any more ({str(error).splitlines()[0]})", GRACE)
+                return
+            if ended := self._ended():
+                self._give_up(ended, GRACE)
+                return
+            if self.hang_seconds is not None and time.monotonic() - points.here().since > self.hang_seconds:
+                self._give_up(self._ended() or self.signs.lost() or self._behind(), 0)
+                return
+
+    def _behind(self) -> str:
+        try:
+            return "; ".join(f"{sign} is behind" for sign in behind(self.signs.all()))
+        except RuntimeError as error:
+            return f"rank 0 does not answer ({str(error).splitlines()[0]})"
+
+    def _ended(self) -> str:
+        """Return which of the processes that this one has started have failed."""
+        codes = [(number + 1, child.pid, child.poll()) for number, child in enumerate(self._children)]
+        return "; ".join(
+            f"rank {rank} (pid {pid}) has ended with exit code {code}" for rank, pid, code in codes if code
+        )
+
+    def _look_for_slow_ranks(self) -> None:
+        found = slow(self.signs.all(), self.slow_factor)
+        self._slow = {sign.rank: self._slow.get(sign.rank, 0) + 1 for sign, _ in found}
+        for sign, others in found:
+            if self._slow[sign.rank] == LOOKS:
+                print(
+                    f"warning: rank {sign.rank} ({sign.host}) is slow: its forward pass takes {sign.busy:.2f} s, "
+                    f"that of the other ranks {others:.2f} s, and they wait for it",
+                    flush=True,
+                )
+
+    def _give_up(self, why: str, grace: float) -> None:
+        """End this process and those it has started: the main thread waits for what will not come."""
+        if self._over.wait(grace):  # it has noticed by itself
+            return
+        place = points.here()
+        sys.stderr.write(
+            f"error: rank {self.signs.rank} has waited {time.monotonic() - place.since:.0f} s after {place.point} of "
+            f"step {place.step}: {why}; the run ends with exit code {RANK_LOST}, and goes on from its last checkpoint "
+            "when it is started again. The stacks of this rank:\n"
+        )
+        faulthandler.dump_traceback(all_threads=True)
+        sys.stderr.flush()
+        for child in self._children:
+            child.kill()
+        self._end(RANK_LOST)
+
+
+def _take_children(trainer: pl.Trainer) -> list[Any]:
+    """Return the processes of the other ranks where Lightning has started them from this one.
+
+    Lightning's own observer would kill this process by SIGKILL when one of them fails, without a word.
+    """
+    for thread in threading.enumerate():
+        if thread.name == "child-process-observer":
+            thread._child_processes = []  # type: ignore[attr-defined] - it ends when all of none have ended
+    return list(getattr(trainer.strategy.launcher, "procs", ()))

@@ -1,0 +1,98 @@
+"""A forward pass that does not fit into a device's memory is made again in smaller parts, with the same numbers.
+
+All ranks split alike, so that they stay in step. A part's activations are computed again in the backward pass, so that
+one part's are held at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from dpo_lightning.cluster.exits import TooLarge
+from dpo_lightning.cluster.ranks import together
+from dpo_lightning.types import Batch, PairLogps
+
+Score = Callable[[Batch], tuple[PairLogps, PairLogps]]
+
+
+class Parts:
+    """Scores batches in as many parts as were found to fit; `count` doubles when a device runs out of memory."""
+
+    def __init__(self) -> None:
+        self.count = 1
+        self._group: Any = None
+
+    def score(self, trainer: Any, batch: Batch, score: Score) -> tuple[PairLogps, PairLogps]:
+        """Return what `score` gives for the batch.
+
+        Under ZeRO-3 a rank that fails leaves the others waiting within their forward pass: there it is not tried
+        again. Raises TooLarge with the remedy where a single pair does not fit.
+        """
+        while True:
+            random = torch.get_rng_state()
+            try:
+                scores, failed = self._in_parts(batch, score), ""
+            except torch.OutOfMemoryError as error:
+                if getattr(trainer.strategy, "zero_stage_3", False):
+                    raise
+                scores, failed = None, str(error).splitlines()[0]
+            if not self._any_rank(bool(failed)):
+                assert scores is not None
+                return scores
+            if self.count >= len(batch):
+                raise TooLarge(f"a single pair does not fit into the device's memory ({failed or 'on another rank'}); "
+                               "use a smaller data.max_length, or model.gradient_checkpointing=true")  # fmt: skip
+            scores = None
+            torch.set_rng_state(random)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self.count *= 2
+            trainer.lightning_module.print(
+                f"out of memory at step {trainer.global_step + 1}: forward passes are made in {self.count} parts from "
+                f"here on; with a smaller data.batch_size and more trainer.accumulate_grad_batches, none is made twice"
+            )
+
+    def _in_parts(self, batch: Batch, score: Score) -> tuple[PairLogps, PairLogps]:
+        if self.count == 1:
+            return score(batch)
+        scored = [checkpoint(score, part, use_reentrant=False) for part in split(batch, self.count)]
+        policies, references = zip(*scored, strict=True)
+        return _joined(policies), _joined(references)
+
+    def _any_rank(self, failed: bool) -> bool:
+        """Return whether it failed on any rank: a word between CPUs."""
+        if not together():
+            return failed
+        if self._group is None:
+            self._group = torch.distributed.new_group(backend="gloo")
+        word = torch.tensor([failed], dtype=torch.int32)
+        torch.distributed.all_reduce(word, group=self._group)
+        return bool(word)
+
+
+def split(batch: Batch, count: int) -> list[Batch]:
+    """Return the batch's pairs in at most `count` batches of like numbers of pairs, in their order."""
+    tokens_B = batch.lengths_B3.sum(1)
+    ends = [round(len(batch) * (number + 1) / count) for number in range(count)]
+    parts, first, token = [], 0, 0
+    for last in ends:
+        if last == first:
+            continue
+        length = int(tokens_B[first:last].sum())
+        parts.append(replace(
+            batch, ids_T=batch.ids_T[token : token + length], lengths_B3=batch.lengths_B3[first:last],
+            rows_B=batch.rows_B[first:last],
+            opening=batch.opening if last - first > 1 else 0,
+            reference_B2=None if batch.reference_B2 is None else batch.reference_B2[first:last],
+        ))  # fmt: skip
+        first, token = last, token + length
+    return parts
+
+
+def _joined(parts: Any) -> PairLogps:
+    return PairLogps(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))

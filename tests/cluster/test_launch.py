@@ -1,0 +1,86 @@
+"""Ranks that Lightning starts, and ranks that torchrun starts: one run folder, one process's numbers."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from dpo_lightning.checkpoints.resume import to_resume
+from tests.ranks import environment, finished, start
+
+TINY = [
+    "model=tiny", "logger=none", "callbacks=none", "samples.count=0", "trainer.precision=32-true",
+    "trainer.max_steps=3", "trainer.accelerator=cpu", "data.max_pairs=40", "data.max_length=160",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory, cache):
+    """Return the folder of a run on one process, eight pairs a step."""
+    run = tmp_path_factory.mktemp("one") / "run"
+    words = [*TINY, "data.batch_size=8", f"run_dir={run}"]
+    subprocess.run([sys.executable, "-m", "dpo_lightning", *words], env=environment(cache), check=True)
+    return run
+
+
+def compare(two, one, metrics):
+    ours, theirs = metrics(two), metrics(one)
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        for key in {"train/loss", "train/grad_norm", "val/loss"} & {*b}:
+            assert a[key] == pytest.approx(b[key], abs=1e-5, rel=1e-5), key
+    assert (two / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_two_devices_are_started_by_lightning_under_zero2(one, metrics, tmp_path, cache):
+    run = tmp_path / "two"
+    words = [*TINY, "data.batch_size=4", "trainer.devices=2", f"run_dir={run}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "dpo_lightning", *words], capture_output=True, text=True, timeout=240, check=False,
+        env=environment(cache),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "zero2 (2 devices; ZeRO-2 needs" in " ".join(done.stdout.split())
+    compare(run, one, metrics)
+
+
+def test_two_nodes_of_one_device_equal_one_process(one, metrics, tmp_path, cache):
+    run = tmp_path / "nodes"
+    words = [*TINY, "data.batch_size=4", "trainer.devices=1", "trainer.num_nodes=2", f"run_dir={run}"]
+    nodes = start([sys.executable, "-m", "dpo_lightning", *words], 2, environment(cache), nodes=2)
+    for code, output in finished(nodes):
+        assert code == 0, output
+    compare(run, one, metrics)
+
+
+def test_torchruns_ranks_share_a_dated_folder(one, metrics, tmp_path, cache):
+    words = [*TINY, "data.batch_size=4", "trainer.devices=2", "strategy=ddp"]
+    command = ["-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "dpo_lightning", *words]
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, timeout=240, check=False, cwd=tmp_path,
+        env=environment(cache) | {"PYTHONPATH": os.getcwd()},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    (run,) = (tmp_path / "runs").iterdir()
+    compare(run, one, metrics)
+
+
+def test_a_signal_to_the_first_rank_stops_both_saves_and_exports(tmp_path, cache):
+    run = tmp_path / "run"
+    kept = [word for word in TINY if not word.startswith("trainer.max_steps")]
+    words = [*kept, "data.batch_size=4", "trainer.devices=2", "trainer.max_epochs=1000", f"run_dir={run}"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dpo_lightning", *words], env=environment(cache), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    metrics, deadline = run / "metrics.jsonl", time.monotonic() + 120
+    while time.monotonic() < deadline and not (metrics.exists() and "train/loss" in metrics.read_text()):
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 143, output
+    assert (run / "adapter" / "adapter_model.safetensors").exists()
+    assert to_resume("auto", run) is not None

@@ -1,0 +1,117 @@
+"""A rank that is killed, hangs or crashes ends the run in bounded time, is named, and leaves no process behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dpo_lightning.checkpoints.resume import to_resume
+from dpo_lightning.cluster.signs import Sign, behind, slow
+from dpo_lightning.cluster.watchdog import LOOKS, Watchdog
+from tests.ranks import environment, finished, start
+
+WORDS = [
+    "model=tiny", "logger=none", "callbacks=none", "samples.count=0", "trainer.precision=32-true",
+    "trainer.accelerator=cpu", "data.max_pairs=40", "data.max_length=160", "trainer.max_epochs=-1",
+    "trainer.max_steps=6", "data.batch_size=4", "trainer.devices=2", "checkpoint.every_n_steps=1",
+]  # fmt: skip
+LOST = 4
+
+
+def children_of(text: str) -> list[str]:
+    """Return the processes whose command line holds a text."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            except OSError:
+                continue
+            found += [command] if text in command else []
+    return found
+
+
+def run(run_dir: Path, cache: Path, fault: str, *words: str) -> tuple[int, str, float]:
+    """Run two ranks that Lightning starts, with a fault; return code, output and seconds."""
+    env = environment(cache, DPO_LIGHTNING_FAULT=fault, DPO_LIGHTNING_ALLOW_FAULTS="1")
+    began = time.monotonic()
+    command = [sys.executable, "-m", "dpo_lightning", *WORDS, *words, f"run_dir={run_dir}"]
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        output, _ = process.communicate(timeout=150)
+    finally:
+        process.kill()
+    return process.returncode, output, time.monotonic() - began
+
+
+@pytest.mark.parametrize(
+    ("fault", "words", "told"),
+    [
+        ("at=backward.begin;do=SIGKILL;rank=1;step=3", ["strategy=ddp"], "rank 1 (pid"),
+        ("at=step.begin;do=SIGSTOP;rank=1;step=3", ["strategy=zero2", "cluster.hang_seconds=10"], "rank 1 ("),
+        ("at=update.begin;do=sleep:999;rank=1;step=3", ["strategy=ddp", "cluster.hang_seconds=10"], "rank 1 ("),
+        ("at=save.gather;do=SIGKILL;rank=1;step=3", ["strategy=zero2"], "rank 1 (pid"),
+    ],
+    ids=["killed", "stopped", "asleep", "killed while saving"],
+)
+def test_a_rank_that_is_gone_or_hangs_is_named_and_the_run_ends(tmp_path, cache, fault, words, told):
+    run_dir = tmp_path / "run"
+    code, output, seconds = run(run_dir, cache, fault, *words)
+    assert code == LOST, output
+    assert told in output, output
+    assert "goes on from its last checkpoint" in output
+    if "hang" in str(words):
+        assert "after" in output
+        assert "most recent call first" in output  # the stacks
+        assert seconds < 90
+    assert to_resume("auto", run_dir) is not None
+    time.sleep(1)
+    assert children_of(str(run_dir)) == []
+
+
+def test_the_first_rank_is_named_when_it_is_killed(tmp_path, cache):
+    """Each rank is started by itself, as srun does; the store of the signs goes with the first one."""
+    words = [*WORDS, "strategy=zero2", f"run_dir={tmp_path / 'run'}"]
+    env = environment(
+        cache, DPO_LIGHTNING_FAULT="at=step.begin;do=SIGKILL;rank=0;step=3", DPO_LIGHTNING_ALLOW_FAULTS="1"
+    )
+    (first, _), (second, output) = finished(start([sys.executable, "-m", "dpo_lightning", *words], 2, env))
+    assert first == -signal.SIGKILL
+    assert second == LOST, output
+    assert "rank 0 cannot be reached any more" in output
+
+
+def test_one_rank_that_crashes_ends_the_run_with_its_own_words(tmp_path, cache):
+    code, output, _ = run(tmp_path / "run", cache, "at=step.begin;do=raise;rank=1;step=2", "strategy=ddp")
+    assert code == LOST, output
+    assert "the fault that was asked for at step.begin" in output
+    assert "rank 1 (pid" in output
+
+
+def sign(rank: int, **changes) -> Sign:
+    return Sign(rank, "node", 100 + rank, 9, "backward.begin", 4, 3, 60.0, 0.1)._replace(**changes)
+
+
+def test_the_rank_that_is_behind_is_the_one_that_the_others_wait_for():
+    signs = [sign(0), sign(1, point="step.begin", number=1), sign(2)]
+    assert [found.rank for found in behind(signs)] == [1]
+    assert [found.rank for found in behind([sign(0), sign(1, step=3, number=9)])] == [1]
+
+
+def test_a_slow_rank_is_told_of_once_and_like_ones_never(capsys):
+    watchdog = Watchdog(None, slow_factor=2.0)
+    busy = [0.1, 0.35, 0.12, 0.09]
+    watchdog.signs.all = lambda: [sign(rank, busy=seconds) for rank, seconds in enumerate(busy)]
+    for _ in range(LOOKS + 5):
+        watchdog._look_for_slow_ranks()
+    told = capsys.readouterr().out
+    assert told.count("warning: rank 1 (node) is slow: its forward pass takes 0.35 s") == 1
+    busy[1] = 0.11
+    assert slow(watchdog.signs.all(), 2.0) == []
+    for _ in range(200):
+        watchdog._look_for_slow_ranks()
+    assert capsys.readouterr().out == ""

@@ -1,0 +1,183 @@
+"""A signal to any rank, at any point, ends all ranks at one step's end, with one checkpoint and the table's code."""
+
+import os
+import signal
+import stat
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dpo_lightning.checkpoints.folder import published, step_number, verify
+from dpo_lightning.cluster import slurm
+from dpo_lightning.cluster.interrupt import Interrupt
+from tests.ranks import fault, rows, run_ranks, trace, traced
+
+WORDS = [
+    "model=tiny", "logger=none", "callbacks=none", "samples.count=0", "trainer.precision=32-true",
+    "trainer.accelerator=cpu", "data.max_pairs=40", "data.max_length=160", "trainer.max_epochs=2",
+    "data.batch_size=2", "trainer.accumulate_grad_batches=2", "lora.lora_dropout=0.1", "trainer.val_check_interval=4",
+    "checkpoint.every_n_steps=4", "trainer.devices=2", "strategy=zero2",
+]  # fmt: skip
+STEPS = 10
+# signal, ranks, point, step that it comes in, step that the run is saved at
+CASES = [
+    (signal.SIGUSR1, "0", "step.begin", 2, 3),
+    (signal.SIGUSR1, "1", "backward.begin", 2, 3),
+    (signal.SIGTERM, "0", "update.begin", 4, 5),
+    (signal.SIGTERM, "1", "data.next", 3, 4),
+    (signal.SIGUSR1, "both", "loss", 6, 7),
+    (signal.SIGTERM, "both", "save.gather", 4, 5),
+    (signal.SIGUSR1, "1", "val.mid", 4, 5),
+    (signal.SIGINT, "1", "log", 2, 2),  # before the ranks agree upon what step 2 brought
+]
+
+
+def name(case: tuple) -> str:
+    return f"{case[0].name}-{case[1]}-{case[2]}"
+
+
+def fault_of(case: tuple) -> list[str]:
+    number, ranks, point, step, _ = case
+    only = "" if ranks == "both" else f";rank={ranks}"
+    # the loss is a point of tensors: the forward pass is told by its begin
+    point = "step.begin" if point == "loss" else point
+    nth = ";nth=2" if case[2] == "loss" else ""
+    return fault(f"at={point};do={number.name};step={step}{only}{nth}")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, cache):
+    """Run once without a signal; with each, and then on to the end."""
+    folder = tmp_path_factory.mktemp("signals")
+    golden = traced(folder / "golden", *WORDS)
+    signalled = [[*traced(folder / name(case), *WORDS), *fault_of(case)] for case in CASES]
+    first = run_ranks([golden, *signalled], cache, code=[0, *(128 + case[0] for case in CASES)])
+    left = {name(case): published(folder / name(case) / "checkpoints") for case in CASES}
+    exported = {name(case): (folder / name(case) / "adapter").exists() for case in CASES}
+    run_ranks([traced(folder / name(case), *WORDS) for case in CASES], cache)
+    return folder, left, exported, first
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_all_ranks_stop_at_one_step_and_the_run_goes_on_to_the_same_bits(runs, case):
+    folder, left, exported, outputs = runs
+    number, *_, saved = case
+    newest = left[name(case)][0]
+    assert step_number(newest) == saved, outputs
+    # a run that will be started again exports nothing; one that was ended by a person or the system does
+    assert exported[name(case)] == (number != signal.SIGUSR1)
+    for rank in (0, 1):
+        expected = trace(folder / "golden", rank)
+        assert [*expected] == [*range(1, STEPS + 1)]
+        assert trace(folder / name(case), rank) == expected
+    assert rows(folder / name(case)) == rows(folder / "golden")
+    file = "adapter/adapter_model.safetensors"
+    assert (folder / name(case) / file).read_bytes() == (folder / "golden" / file).read_bytes()
+    assert all(verify(place) is None for place in published(folder / name(case) / "checkpoints"))
+
+
+class HalfStep(torch.optim.AdamW):
+    """Signals its own process between two parameters, as a signal that comes at any instant would."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = closure()
+        for group in self.param_groups:
+            for number, p in enumerate(group["params"]):
+                if number == 1:
+                    os.kill(os.getpid(), signal.SIGUSR1)
+                p.data.add_(1)
+        return loss
+
+
+def test_a_signal_in_the_middle_of_an_update_saves_whole_steps(tmp_path):
+    """Lightning's own handler would save from within the signal, half of the parameters updated."""
+    import lightning.pytorch as pl
+
+    class Two(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(1))
+
+        def training_step(self, batch, batch_idx):
+            return (self.a + self.b).sum()
+
+        def configure_optimizers(self):
+            return HalfStep(self.parameters())
+
+    module, interrupt = Two(), Interrupt()
+    trainer = pl.Trainer(
+        max_steps=5, accelerator="cpu", callbacks=[interrupt], logger=False, enable_progress_bar=False,
+        enable_checkpointing=False, enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    with interrupt.installed():
+        trainer.fit(module, torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.zeros(8))))
+    assert trainer.global_step == 1
+    assert module.a.item() == module.b.item() == 1
+    assert interrupt.exit_code == 128 + signal.SIGUSR1
+
+
+def test_what_comes_after_the_first_signal_changes_nothing():
+    interrupt = Interrupt()
+    with interrupt.installed():
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        interrupt.stopping = True  # from here on a Ctrl-C does not kill either
+        os.kill(os.getpid(), signal.SIGINT)
+    assert interrupt.signal == signal.SIGUSR1
+
+
+def test_a_job_near_its_end_saves_by_itself_and_is_requeued_once(tmp_path, cache):
+    """SLURM tells the end; nobody sends a signal. The batch script that would requeue is not there."""
+    run, calls = tmp_path / "run", tmp_path / "calls"
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    write_command(commands / "scontrol", f'echo "$@" >> {calls}')
+    words = [
+        *traced(run, *WORDS[:-2], "trainer.max_epochs=1000"), f"env:PATH={commands}:{os.environ['PATH']}",
+        "env:SLURM_JOB_ID=77", f"env:SLURM_JOB_END_TIME={time.time() + 90}",
+    ]  # fmt: skip
+    (output,) = run_ranks([words], cache, world=1, code=128 + signal.SIGUSR1)
+    assert "the job's time is nearly over" in output
+    assert calls.read_text() == "requeue 77\n"
+    assert published(run / "checkpoints")
+    outer = [*words[:-1], f"env:SLURM_JOB_END_TIME={time.time() + 30}", "env:DPO_LIGHTNING_REQUEUE=outer"]
+    run_ranks([outer], cache, world=1, code=128 + signal.SIGUSR1)
+    assert calls.read_text() == "requeue 77\n"
+
+
+def write_command(file: Path, body: str) -> None:
+    file.write_text(f"#!/bin/sh\n{body}\n")
+    file.chmod(file.stat().st_mode | stat.S_IXUSR)
+
+
+@pytest.mark.parametrize(
+    ("told", "seconds"), [("2030-01-02T03:04:05", True), ("N/A", False), ("", False)], ids=["a time", "none", "nothing"]
+)
+def test_the_end_of_a_job_is_asked_of_squeue(tmp_path, monkeypatch, told, seconds):
+    for variable in ("SLURM_JOB_END_TIME", "SLURM_ARRAY_JOB_ID"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    write_command(tmp_path / "squeue", f"echo {told}")
+    end = slurm.end_of_job()
+    assert (end is not None and time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(end)) == told) == seconds
+
+
+def test_an_array_task_is_requeued_by_its_own_id(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "10")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
+    assert slurm.job_id() == "10_2"
+
+
+def test_a_scontrol_that_fails_is_told_of(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("SLURM_ARRAY_JOB_ID", raising=False)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    write_command(tmp_path / "scontrol", "echo no controller >&2; exit 1")
+    slurm.requeue()
+    assert "warning: scontrol requeue 7: no controller" in capsys.readouterr().out

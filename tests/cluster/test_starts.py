@@ -1,0 +1,76 @@
+"""Each start of a run is on record; one that never comes further is given up, with the reason."""
+
+import json
+
+import pytest
+
+from dpo_lightning.checkpoints.starts import STARTS, check_progress, note, read
+from dpo_lightning.cluster.exits import NoProgress
+from tests.ranks import fault, run_ranks, traced
+
+WORDS = [
+    "model=tiny", "logger=none", "callbacks=none", "samples.count=0", "trainer.precision=32-true",
+    "trainer.accelerator=cpu", "data.max_pairs=40", "data.max_length=160", "data.batch_size=4",
+    "checkpoint.every_n_steps=2",
+]  # fmt: skip
+NO_PROGRESS = 6
+
+
+def test_a_row_that_always_fails_is_tried_no_more_than_so_often(tmp_path, cache):
+    run = tmp_path / "run"
+    poison = [*traced(run, *WORDS, "cluster.max_restarts=2"), *fault("at=step.begin;do=raise;step=5")]
+    (output,) = run_ranks([poison] * 5, cache, world=1, code=[1, 1, 1, 1, NO_PROGRESS])
+    rows = read(run)
+    # the first comes from the beginning to the checkpoint of step 4; three more begin there
+    assert [row["start"] for row in rows if "start" in row] == [0, 4, 4, 4]
+    failures = [row for row in rows if "failed" in row]
+    assert len(failures) == 4
+    assert len(failures[-1]["pairs"]) == 4
+    assert "started 3 times from step 4 and never came to a new checkpoint" in output
+    assert f"training pairs {', '.join(map(str, failures[-1]['pairs']))}" in output
+    run_ranks([traced(run, *WORDS, "cluster.max_restarts=null")], cache, world=1)  # without the fault
+    assert "end" in read(run)[-1]
+
+
+def test_a_rollback_with_other_settings_is_on_record(tmp_path, cache):
+    run = tmp_path / "run"
+    words = traced(run, *WORDS, "checkpoint.keep_last=null")
+    back = f"resume={run / 'checkpoints' / 'step-00000004'}"
+    run_ranks([words, [*words, back, "optim.lr=1e-5", "resume_allow=[optim.lr]"]], cache, world=1)
+    rows = read(run)
+    starts = [row for row in rows if "start" in row]
+    assert [row["start"] for row in starts] == [0, 4]
+    assert starts[1]["changed"]["optim.lr"] == ["0.0001", "1e-05"] or "optim.lr" in starts[1]["changed"]
+    assert {path.name for path in (run / "checkpoints").iterdir()} >= {"undone-step-00000006"}
+
+
+def rows_of(*rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("rows", "stops"),
+    [
+        ([{"start": 8}] * 4, True),
+        ([{"start": 8}] * 3, False),
+        ([{"start": 8}] * 3 + [{"end": 138}] + [{"start": 8}], False),
+        ([{"start": 8}] * 3 + [{"end": 138}] + [{"start": 8}] * 4, True),
+        ([{"start": 0}] * 4 + [{"start": 8}], False),
+        ([{"start": 8}] * 3 + [{"start": 4}] + [{"start": 8}], False),
+        ([], False),
+    ],
+    ids=["four", "three", "one ended well", "four after that", "it had progressed", "a rollback between", "none"],
+)
+def test_only_starts_in_a_row_that_failed_count(tmp_path, rows, stops):
+    (tmp_path / STARTS).write_text(rows_of(*rows) + '{"start": 8')
+    if stops:
+        with pytest.raises(NoProgress, match="started 4 times from step 8"):
+            check_progress(tmp_path, 8, 3)
+    else:
+        check_progress(tmp_path, 8, 3)
+    check_progress(tmp_path, 8, None)
+
+
+def test_a_start_that_had_no_folder_yet_leaves_nothing(tmp_path):
+    note(tmp_path / "absent", start=0)
+    assert read(tmp_path / "absent") == []

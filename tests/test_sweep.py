@@ -1,0 +1,74 @@
+"""sweep=beta_lr: Optuna searches without any account, one trial after the other, and all share one reference."""
+
+import json
+
+import pytest
+import yaml
+
+from dpo_lightning import __main__ as program
+from dpo_lightning.cluster.exits import RankLost, WrongNumbers
+from dpo_lightning.types import UserError
+
+WORDS = [
+    "model=tiny", "logger=none", "callbacks=none", "samples.count=0", "trainer.precision=32-true",
+    "data.max_length=448", "data.max_pairs=40", "data.batch_size=8", "trainer.max_steps=2",
+    "trainer.num_sanity_val_steps=0",
+]  # fmt: skip
+
+
+@pytest.fixture
+def cache(tmp_path):
+    """A cache of the test's own."""
+    return tmp_path / "cache"
+
+
+def last(file):
+    return [row for row in map(json.loads, file.read_text().splitlines()) if "val/loss" in row][-1]
+
+
+@pytest.mark.parametrize(
+    ("words", "metric", "better"),
+    [([], "val/rewards/accuracies", max),
+     (["optimized_metric=val/loss", "hydra.sweeper.direction=minimize", "loss=dpo"], "val/loss", min)],
+)  # fmt: skip
+def test_optuna_is_given_the_metric_and_every_pair_is_computed_once(
+    words, metric, better, cli, capfd, tmp_path, monkeypatch
+):  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert cli("sweep=beta_lr", "hydra.sweeper.n_trials=2", *words, *WORDS) == 0
+    told = [line.split() for line in capfd.readouterr().out.splitlines() if line.startswith("reference: ")]
+    computed = [int(line[1]) for line in told]
+    assert computed[0] > 0 and computed[1:] == [0], "the first trial computes all that any needs"
+    found = yaml.safe_load((tmp_path / "runs" / "optimization_results.yaml").read_text())
+    runs = sorted((tmp_path / "runs").glob("*/metrics.jsonl"))
+    assert len(runs) == 2
+    values = [last(run)[metric] for run in runs]
+    assert found["best_value"] == better(values)
+    configs = [yaml.safe_load((run.parent / "config.yaml").read_text()) for run in runs]
+    assert len({config["optim"]["lr"] for config in configs}) == 2
+    for config in configs:
+        assert 1e-5 <= config["optim"]["lr"] <= 1e-3 and 0.02 <= config["loss"]["beta"] <= 0.5
+        assert config["loss"]["label_smoothing"] in (0.0, 0.1, 0.2) and config["reference"]["mode"] == "cached"
+    best = configs[values.index(better(values))]
+    assert found["best_params"]["optim.lr"] == best["optim"]["lr"]
+
+
+@pytest.mark.parametrize(
+    ("outcome", "code"),
+    [((0, 0.5), None), ((143, None), 143), (WrongNumbers("nan"), None), (RankLost("gone"), 4), (UserError("no"), 2)],
+)
+def test_a_sweep_goes_on_after_a_trial_that_diverges_and_after_nothing_else(outcome, code, monkeypatch):
+    def run(verb, cfg):
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    codes = []
+    monkeypatch.setattr(program, "run", run)
+    if code is not None:
+        with pytest.raises(SystemExit) as left:
+            program.attempt("train", None, codes)  # type: ignore[arg-type]
+        assert left.value.code == code
+    else:
+        reached = program.attempt("train", None, codes)  # type: ignore[arg-type]
+        assert (reached, codes) == ((None, [3]) if isinstance(outcome, Exception) else (0.5, [0]))

@@ -1,0 +1,122 @@
+"""metrics.jsonl and the csv file: a disk that refuses them costs no training, and no row where it recovers."""
+
+import json
+import resource
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from dpo_lightning.training import loggers
+from dpo_lightning.training.loggers import JsonlLogger, closed, csv_logger
+
+FULL = Path("/dev/full")  # every write to it fails with ENOSPC
+
+
+def steps(file):
+    return [json.loads(line)["step"] for line in file.read_text().splitlines()]
+
+
+@pytest.fixture
+def logger(tmp_path):
+    return JsonlLogger(tmp_path)
+
+
+@pytest.fixture
+def told(caplog):
+    """Return what was logged since the last call."""
+    caplog.set_level("INFO")
+
+    def messages():
+        found = [record.getMessage() for record in caplog.records]
+        caplog.clear()
+        return found
+
+    return messages
+
+
+def log(logger, *numbers):
+    for step in numbers:
+        logger.log_metrics({"train/loss": 0.5}, step)
+
+
+def test_a_full_disk_is_told_once_and_every_row_follows_when_it_is_freed(logger, tmp_path, told):
+    file = logger.path
+    log(logger, 1, 2)
+    logger.path = FULL
+    log(logger, 3, 4, 5)
+    (line,) = told()
+    assert line.startswith("warning: /dev/full cannot be written") and "No space left" in line
+    logger.path = file
+    log(logger, 6)
+    assert steps(file) == [1, 2, 3, 4, 5, 6]
+    assert told() == [f"{file} is written again, with the 4 rows that waited"]
+    logger.close(0)
+    assert told() == []
+
+
+def test_memory_is_bounded_and_what_is_lost_is_counted(logger, told, monkeypatch):
+    monkeypatch.setattr(loggers, "KEPT", 3)
+    file, logger.path = logger.path, FULL
+    log(logger, *range(5))
+    assert len(logger._waiting) == 3
+    logger.close(1)
+    assert told()[-1] == "warning: /dev/full lacks 5 rows that could not be written"
+    logger.path = file
+    logger.close(0)
+    assert steps(file) == [2, 3, 4]
+    assert told()[-1] == f"warning: {file} lacks 2 rows that could not be written"
+
+
+def test_a_row_that_fits_half_is_not_in_the_file(logger, told):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    log(logger, 1)
+    size = logger.path.stat().st_size
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, limit[1]))  # the disk is full within the next row
+    try:
+        log(logger, 2)
+        assert logger.path.stat().st_size == size
+        log(logger, 3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    log(logger, 4)
+    assert steps(logger.path) == [1, 2, 3, 4]
+    assert len(told()) == 2
+
+
+def test_rewind_drops_what_comes_later_and_what_was_cut_short(logger):
+    logger.rewind(-1)
+    assert logger.path.read_text() == ""  # it is there from the start: a run without a row can be reported, too
+    log(logger, 0, 4, 4, 5)
+    with logger.path.open("a") as file:
+        file.write('{"step": 6, "tra')
+    logger.rewind(4)
+    assert steps(logger.path) == [0, 4, 4]
+    assert [path.name for path in logger.path.parent.iterdir()] == ["metrics.jsonl"]
+
+
+def test_the_csv_file_is_written_when_it_can_be(tmp_path, told, monkeypatch):
+    (logger,) = csv_logger(tmp_path, {})
+    file = tmp_path / "csv" / "version_0" / "metrics.csv"
+    file.symlink_to(FULL)
+    logger.log_metrics({"train/loss": 0.5}, 1)
+    logger.finalize("success")
+    assert "No space left" in told()[0]
+    file.unlink()
+    logger.log_metrics({"train/loss": 0.25}, 2)
+    logger.finalize("success")
+    assert file.read_text().splitlines()[1:] == ["1,0.5", "2,0.25"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_loggers_are_closed_whatever_happens(fails):
+    codes = []
+    trainer = SimpleNamespace(loggers=[SimpleNamespace(close=codes.append), SimpleNamespace()])
+    with pytest.raises(ZeroDivisionError) if fails else closed(trainer):  # type: ignore[arg-type]
+        if fails:
+            with closed(trainer):  # type: ignore[arg-type]
+                _ = 1 / 0
+    assert codes == [int(fails)]

@@ -1,0 +1,72 @@
+"""A forward pass that does not fit is made in parts by all ranks: the same pairs, the same loss, the same gradient."""
+
+import numpy as np
+import pytest
+import torch
+
+from dpo_lightning.training.parts import split
+from dpo_lightning.types import Batch
+from tests.ranks import fault, rows, run_ranks, trace, traced
+
+WORDS = [
+    "model=tiny", "logger=none", "callbacks=none", "samples.count=0", "trainer.precision=32-true",
+    "trainer.accelerator=cpu", "data.max_pairs=40", "data.max_length=160", "trainer.devices=2", "trainer.max_steps=4",
+    "data.batch_size=4",
+]  # fmt: skip
+CASES = {"ddp": "lora=r16", "zero2": "lora=r16", "zero1": "lora=none"}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, cache):
+    folder = tmp_path_factory.mktemp("parts")
+    whole = [traced(folder / name, *WORDS, f"strategy={name}", lora) for name, lora in CASES.items()]
+    short = [
+        [*traced(folder / f"{name}-split", *WORDS, f"strategy={name}", lora),
+         *fault("at=forward;do=oom;rank=1;step=2;nth=1")]
+        for name, lora in CASES.items()
+    ]  # fmt: skip
+    return folder, run_ranks([*whole, *short], cache)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_both_ranks_make_the_same_step_in_two_parts(runs, name):
+    folder, (first, _) = runs
+    assert first.count("out of memory at step 3: forward passes are made in 2 parts from here on") == len(CASES)
+    whole, parts = trace(folder / name), trace(folder / f"{name}-split")
+    assert [row["ids"] for row in parts.values()] == [row["ids"] for row in whole.values()]
+    assert [row["random"] for row in parts.values()] == [row["random"] for row in whole.values()]
+    for a, b in zip(rows(folder / f"{name}-split"), rows(folder / name), strict=True):
+        assert a == pytest.approx(b, abs=1e-4, rel=1e-5)
+        for key in {"train/loss", "train/grad_norm"} & {*b}:
+            assert a[key] == pytest.approx(b[key], abs=1e-6, rel=1e-5), key
+
+
+def test_a_single_pair_that_does_not_fit_ends_the_run_with_the_remedy(tmp_path, cache):
+    words = ["trainer.devices=1", "data.batch_size=4", *fault("at=forward;do=oom;step=1")]
+    (output,) = run_ranks([[*traced(tmp_path / "run", *WORDS), *words]], cache, world=1, code=2)
+    assert "made in 2 parts" in output
+    assert "made in 4 parts" in output
+    assert "error: a single pair does not fit into the device's memory" in output
+
+
+def test_memory_that_ends_in_the_backward_pass_is_told_with_the_remedy(tmp_path, cache):
+    words = ["trainer.devices=1", *fault("at=backward.begin;do=oom;step=1")]
+    (output,) = run_ranks([[*traced(tmp_path / "run", *WORDS), *words]], cache, world=1, code=2)
+    assert "half of data.batch_size with twice trainer.accumulate_grad_batches makes the same steps" in output
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 8])
+def test_the_parts_are_the_batch(count):
+    lengths = torch.tensor([[3, 1, 2], [2, 2, 2], [4, 1, 1]])
+    ids = torch.arange(int(lengths.sum()))
+    batch = Batch(ids, lengths, torch.tensor([7, 8, 9]), 3, reference_B2=np.arange(6.0).reshape(3, 2))
+    parts = split(batch, count)
+    assert len(parts) == min(count, 3)
+    assert torch.equal(torch.cat([part.ids_T for part in parts]), ids)
+    assert torch.equal(torch.cat([part.lengths_B3 for part in parts]), lengths)
+    assert torch.cat([part.rows_B for part in parts]).tolist() == [7, 8, 9]
+    assert (
+        np.concatenate([np.asarray(part.reference_B2) for part in parts]).tolist()
+        == np.arange(6.0).reshape(3, 2).tolist()
+    )
+    assert all(len(part.ids_T) == int(part.lengths_B3.sum()) for part in parts)
