@@ -216,7 +216,8 @@ def _wrong_values(cfg: DictConfig) -> Iterator[str]:
             continue
         holds, must_be = CHECKS.get(key, (None, ""))
         if holds and not (OmegaConf.is_missing(cfg, key) or holds(value)):
-            yield f"{key}={value}: must be {must_be}"
+            told = str(value).replace("\n", " ")
+            yield f"{key}={told}: must be {must_be}"
 
 
 def keys_of(cfg: Any, prefix: str = "") -> list[str]:

@@ -1,6 +1,5 @@
 """Secrets: no configuration takes one, and those of the environment are in nothing that a run leaves."""
 
-import json
 import subprocess
 import sys
 import zipfile
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from dpo_lightning.cli.process import PRIVATE
 from dpo_lightning.cli.secrets import NAMES, in_arguments, kind_of
 from dpo_lightning.config import CONF, keys_of
 from tests.ranks import environment, fault, run_ranks
@@ -71,16 +71,38 @@ def test_no_secret_of_the_environment_is_left_anywhere(tmp_path):
         assert any(kind in name for name in names), kind
 
 
-def test_wandb_is_not_given_code_git_state_or_console(cli, tmp_path, monkeypatch):
-    for name in ("WANDB_DISABLE_CODE", "WANDB_DISABLE_GIT", "WANDB_CONSOLE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("WANDB_SAVE_CODE", "true")
-    run = tmp_path / "run"
-    assert cli(*RUN, "trainer.max_steps=1", "samples.count=0", f"run_dir={run}") == 0
-    (kept,) = run.glob("wandb/offline-run-*")
-    metadata = json.loads((kept / "files" / "wandb-metadata.json").read_text())
-    assert "git" not in metadata
-    assert not {"output.log", "diff.patch", "code"} & {path.name for path in kept.rglob("*")}
+SCRIPT = """
+import sys
+if sys.argv[1] == "ours":
+    from dpo_lightning.cli.process import quiet
+    quiet()
+import wandb
+with wandb.init(dir=sys.argv[1], mode="offline", project="p"):
+    print("printed-" + "mark")
+"""
+
+
+def test_wandb_is_not_given_code_git_state_or_console(tmp_path):
+    """W&B by itself keeps all that; the environment that the command line sets keeps it from that."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-c", "user.name=x", "-c", "user.email=x@x", *words]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip()
+
+    (tmp_path / "script.py").write_text(SCRIPT)
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "--message", "x")
+    env = {name: value for name, value in environment(tmp_path).items() if name not in PRIVATE}
+    kept = {}
+    for who in ("ours", "wandbs"):
+        (tmp_path / who).mkdir()
+        command = [sys.executable, "script.py", who]
+        subprocess.run(command, cwd=tmp_path, env={**env, "WANDB_SAVE_CODE": "true"}, capture_output=True, check=True)
+        assert list((tmp_path / who).glob("wandb/offline-run-*/*.wandb"))
+        kept[who] = {text: bool(found(tmp_path / who, text)) for text in (git("rev-parse", "HEAD"), "printed-mark")}
+    assert not any(kept["ours"].values())
+    assert all(kept["wandbs"].values())
 
 
 OF_OTHERS = {

@@ -7,7 +7,7 @@ import os
 import socket
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -92,12 +92,17 @@ class Signs:
             return [self.own()]
         return [Sign(*json.loads(self.store.get(str(rank)))) for rank in range(self.world)]
 
-    def lost(self) -> str:
-        """Return which ranks give no sign of life any more, "" if all do; listens for up to SILENT beats."""
+    def lost(self, ended: Callable[[], str]) -> str:
+        """Return which ranks have ended, or give no sign of life any more; "" if all do. Listens for SILENT beats.
+
+        `ended` tells of those that this process has started.
+        """
         silent: list[Sign] = []
         try:
             before = self.all()
             for _ in range(SILENT if self.store is not None else 0):
+                if told := ended():
+                    return told
                 time.sleep(BEAT)
                 self.tell()
                 silent = [then for then, now in zip(before, self.all(), strict=True) if then.beats == now.beats]
@@ -105,7 +110,7 @@ class Signs:
                     return ""
         except RuntimeError as error:
             return f"rank 0 cannot be reached any more ({str(error).splitlines()[0]})"
-        return "; ".join(f"{sign} gives no sign of life" for sign in silent)
+        return ended() or "; ".join(f"{sign} gives no sign of life" for sign in silent)
 
 
 def behind(signs: Sequence[Sign]) -> list[Sign]:

@@ -74,9 +74,9 @@ class Watchdog(pl.Callback):
     def lost(self) -> str:
         """Return which ranks have ended or give no sign of life any more, or "" where there are none.
 
-        For the main thread, after a failure; takes up to ten beats.
+        Takes up to ten beats.
         """
-        return self._ended() or self.signs.lost()
+        return self.signs.lost(self._ended)
 
     def _watch(self) -> None:
         """Beat, and look whether this rank gets on; the others are asked only if it does not."""
@@ -94,7 +94,7 @@ class Watchdog(pl.Callback):
                 self._give_up(ended, GRACE)
                 return
             if self.hang_seconds is not None and time.monotonic() - points.here().since > self.hang_seconds:
-                self._give_up(self._ended() or self.signs.lost() or self._behind(), 0)
+                self._give_up(self.lost() or self._behind(), 0)
                 return
 
     def _behind(self) -> str:

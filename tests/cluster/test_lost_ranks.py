@@ -89,7 +89,7 @@ def test_one_rank_that_crashes_ends_the_run_with_its_own_words(tmp_path, cache):
     code, output, _ = run(tmp_path / "run", cache, "at=step.begin;do=raise;rank=1;step=2", "strategy=ddp")
     assert code == LOST, output
     assert "the fault that was asked for at step.begin" in output
-    assert "rank 1 (pid" in output
+    assert "rank 1 (pid" in output, output
 
 
 def sign(rank: int, **changes) -> Sign:
