@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 
@@ -93,31 +94,45 @@ class HalfStep(torch.optim.AdamW):
         return loss
 
 
-def test_a_signal_in_the_middle_of_an_update_saves_whole_steps(tmp_path):
-    """Lightning's own handler would save from within the signal, half of the parameters updated."""
-    import lightning.pytorch as pl
+class Two(pl.LightningModule):
+    """Two parameters, each step adds one to both."""
 
-    class Two(pl.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(1))
+    def __init__(self, optimizer: Any = torch.optim.SGD):
+        super().__init__()
+        self.a, self.b = torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(1))
+        self.optimizer = optimizer
 
-        def training_step(self, batch, batch_idx):
-            return (self.a + self.b).sum()
+    def training_step(self, batch, batch_idx):
+        return (self.a + self.b).sum()
 
-        def configure_optimizers(self):
-            return HalfStep(self.parameters())
+    def configure_optimizers(self):
+        return self.optimizer(self.parameters())
 
-    module, interrupt = Two(), Interrupt()
+
+def fit(module: Two, interrupt: Interrupt, folder: Path, **limits: Any) -> pl.Trainer:
     trainer = pl.Trainer(
-        max_steps=5, accelerator="cpu", callbacks=[interrupt], logger=False, enable_progress_bar=False,
-        enable_checkpointing=False, enable_model_summary=False, default_root_dir=tmp_path,
+        accelerator="cpu", callbacks=[interrupt], logger=False, enable_progress_bar=False, enable_checkpointing=False,
+        enable_model_summary=False, default_root_dir=folder, **limits,
     )  # fmt: skip
     with interrupt.installed():
         trainer.fit(module, torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.zeros(8))))
-    assert trainer.global_step == 1
+    return trainer
+
+
+def test_a_signal_in_the_middle_of_an_update_saves_whole_steps(tmp_path):
+    """Lightning's own handler would save from within the signal, half of the parameters updated."""
+    module, interrupt = Two(HalfStep), Interrupt()
+    assert fit(module, interrupt, tmp_path, max_steps=5).global_step == 1
     assert module.a.item() == module.b.item() == 1
     assert interrupt.exit_code == 128 + signal.SIGUSR1
+
+
+def test_a_run_stops_by_itself_while_there_is_time_for_a_save(tmp_path):
+    end = time.time() + 7.5
+    interrupt = Interrupt(lambda: end, lambda: 0.5)  # 5 s and two of the longest steps are kept besides
+    assert fit(Two(), interrupt, tmp_path, max_epochs=-1).global_step > 1
+    assert interrupt.exit_code == 128 + signal.SIGUSR1
+    assert 5 < end - time.time() < 7
 
 
 def test_what_comes_after_the_first_signal_changes_nothing():
@@ -130,22 +145,17 @@ def test_what_comes_after_the_first_signal_changes_nothing():
     assert interrupt.signal == signal.SIGUSR1
 
 
-def test_a_job_near_its_end_saves_by_itself_and_is_requeued_once(tmp_path, cache):
+def test_a_job_at_its_end_begins_nothing_and_is_requeued_once(tmp_path, cache):
     """SLURM tells the end; nobody sends a signal. The batch script that would requeue is not there."""
-    run, calls = tmp_path / "run", tmp_path / "calls"
-    commands = tmp_path / "bin"
+    calls, commands = tmp_path / "calls", tmp_path / "bin"
     commands.mkdir()
     write_command(commands / "scontrol", f'echo "$@" >> {calls}')
-    words = [
-        *traced(run, *WORDS[:-2], "trainer.max_epochs=1000"), f"env:PATH={commands}:{os.environ['PATH']}",
-        "env:SLURM_JOB_ID=77", f"env:SLURM_JOB_END_TIME={time.time() + 90}",
+    inside = [
+        *traced(tmp_path / "run", *WORDS[:-2]), f"env:PATH={commands}:{os.environ['PATH']}", "env:SLURM_JOB_ID=77",
+        f"env:SLURM_JOB_END_TIME={time.time() + 30}",
     ]  # fmt: skip
-    (output,) = run_ranks([words], cache, world=1, code=128 + signal.SIGUSR1)
-    assert "the job's time is nearly over" in output
-    assert calls.read_text() == "requeue 77\n"
-    assert published(run / "checkpoints")
-    outer = [*words[:-1], f"env:SLURM_JOB_END_TIME={time.time() + 30}", "env:DPO_LIGHTNING_REQUEUE=outer"]
-    run_ranks([outer], cache, world=1, code=128 + signal.SIGUSR1)
+    (output,) = run_ranks([inside, [*inside, "env:DPO_LIGHTNING_REQUEUE=outer"]], cache, world=1, code=138)
+    assert output.count("the job's time is nearly over") == 2
     assert calls.read_text() == "requeue 77\n"
 
 

@@ -24,6 +24,7 @@ ID, KEY, NOBODY = "5f0e2c1a", "0123456789" * 4, "http://127.0.0.1:9"
 CONFIG = {"seed": 1, "loss": {"_target_": "dpo", "beta": 0.1}}
 ANSWERS = [{"prompt": "Why?", "reference": "No.", "policy": "Since it is so."}]
 START_S, END_S = 5, 10  # what W&B may cost a training
+BEGUN = []  # runs that no test has closed yet
 
 
 class Server(ThreadingHTTPServer):
@@ -134,8 +135,11 @@ def run(tmp_path, monkeypatch):
 
     monkeypatch.setattr(subprocess, "Popen", Noted)
     yield folder
+    for logger in BEGUN:  # where a test has failed: its run would be the next test's, too
+        logger.close(1)
+    BEGUN.clear()
     for process in started:
-        process.wait(1)  # W&B's process does not outlive its run
+        process.wait(10)  # W&B's process does not outlive its run
 
 
 def begin(run, url=NOBODY):
@@ -144,6 +148,7 @@ def begin(run, url=NOBODY):
     began = time.monotonic()
     (logger,) = wandb_logger(run, CONFIG, project="p", entity=None, name=None, tags=["t"])
     assert time.monotonic() - began < START_S
+    BEGUN.append(logger)
     return logger
 
 
@@ -157,6 +162,7 @@ def log(logger, *steps):
 def close(logger):
     began = time.monotonic()
     logger.close(0)
+    BEGUN.remove(logger)
     assert time.monotonic() - began < END_S
 
 
@@ -278,8 +284,7 @@ def test_a_process_of_wandb_that_is_killed_or_hangs_is_done_without(number, run,
     logger = begin(run, server.url)
     log(logger, 1, 2)
     wait_for(lambda: server.ids and logger._inbox.empty())
-    (process,) = psutil.Process().children()
-    assert process.name() == "wandb-core"
+    (process,) = (child for child in psutil.Process().children() if child.name() == "wandb-core")
     process.send_signal(number)
     log(logger, *range(3, 2000))
     close(logger)
