@@ -80,7 +80,7 @@ def train(cfg: DictConfig, run_dir: Path, resume: Path | None, sweep: bool) -> i
     plan = {"run_dir": str(run_dir), "checkpoint": str(resume), "data": fingerprint(data), **flat(plain(cfg))}
     trainer = build_trainer(cfg, run_dir, saver, [
         Agreement(plan, begin), Summary(facts(cfg, source, data, run_dir, resume, strategy)), watchdog,
-        Failures(run_dir), log, interrupt, Checkpoints(run_dir, cfg.checkpoint.every_n_steps),
+        Failures(run_dir), log, interrupt, Checkpoints(run_dir, cfg.checkpoint.every_n_steps, interrupt.words),
     ])  # fmt: skip
     if cfg.reference.mode == "cached":
         cache = ReferenceCache(cache_dir() / "reference", source.weights_digest, interrupt)
@@ -90,8 +90,8 @@ def train(cfg: DictConfig, run_dir: Path, resume: Path | None, sweep: bool) -> i
         trained = fit(trainer, module, data, resume, interrupt, log, watchdog)
         if trained and trainer.is_global_zero and not interrupt.goes_on:
             finish(plain(cfg), source, data, module, run_dir, interrupt.stopping)
-    if trained:
-        interrupt.wait_for_all()
+    if trained:  # launchers kill the first rank in its export when another has gone with an exit code
+        interrupt.words.wait()
     if trainer.is_global_zero:
         note(run_dir, end=interrupt.exit_code, step=trainer.global_step)
         if interrupt.goes_on:

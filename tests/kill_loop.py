@@ -14,13 +14,12 @@ import time
 import traceback
 from pathlib import Path
 
-from tests.ranks import free_port, main, traced
+from tests.ranks import TINY, free_port, main, traced
 
 WORDS = [
-    "model=tiny", "logger=none", "callbacks=none", "samples.count=0", "trainer.precision=32-true",
-    "trainer.accelerator=cpu", "data.max_pairs=40", "data.max_length=160", "trainer.devices=2", "strategy=zero2",
-    "data.batch_size=2", "trainer.accumulate_grad_batches=2", "lora.lora_dropout=0.1", "optim.lr=1e-4",
-    "checkpoint.every_n_steps=2", "trainer.val_check_interval=4", "cluster.max_restarts=null",
+    *TINY, "trainer.devices=2", "strategy=zero2", "data.batch_size=2", "trainer.accumulate_grad_batches=2",
+    "lora.lora_dropout=0.1", "optim.lr=1e-4", "checkpoint.every_n_steps=2", "trainer.val_check_interval=4",
+    "cluster.max_restarts=null",
 ]  # fmt: skip
 POINTS = (
     "save.begin", "save.after_file", "save.before_manifest", "save.before_rename", "save.after_rename",

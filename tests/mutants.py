@@ -65,8 +65,8 @@ MUTANTS = [
     ),
     Mutant(
         "only the first rank's signal counts", "cluster/interrupt.py",
-        "number = torch.tensor([self.signal or 0])",
-        "number = torch.tensor([(self.signal or 0) if trainer.is_global_zero else 0])", SIGNALS,
+        "self.words.highest(self.signal or 0)",
+        "self.words.highest((self.signal or 0) if trainer.is_global_zero else 0)", SIGNALS,
     ),
     Mutant(
         "Lightning's own signal handlers stay", "cluster/interrupt.py",

@@ -15,6 +15,11 @@ import lightning.pytorch as pl
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+# The smallest run: seconds, and the same bits each time.
+TINY = [
+    "model=tiny", "logger=none", "callbacks=none", "samples.count=0", "trainer.precision=32-true",
+    "trainer.accelerator=cpu", "data.max_pairs=40", "data.max_length=160",
+]  # fmt: skip
 
 
 class Trace(pl.Callback):

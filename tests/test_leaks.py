@@ -7,7 +7,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 
-from tests.ranks import run_ranks
+from tests.ranks import TINY, run_ranks
 
 STEPS = int(os.environ.get("DPO_LIGHTNING_STEPS", "300"))  # `make soak` asks for 2000
 EVERY = STEPS // 20
@@ -31,11 +31,10 @@ class Held(pl.Callback):
 @pytest.mark.timeout(300 + STEPS)
 def test_nothing_grows(tmp_path, cache):
     words = [
-        "model=tiny", "logger=none", "callbacks=none", "samples.count=0", "trainer.precision=32-true",
-        "trainer.accelerator=cpu", "data.max_pairs=40", "data.max_length=160", "data.batch_size=2",
-        "trainer.max_epochs=-1", f"trainer.max_steps={STEPS}", f"checkpoint.every_n_steps={EVERY}",
-        "trainer.val_check_interval=1.0", f"run_dir={tmp_path / 'run'}", f"+callbacks.held.file={tmp_path / 'held'}",
-        "+callbacks.held._target_=tests.test_leaks.Held", "trusted_targets=[tests.test_leaks.Held]",
+        *TINY, "data.batch_size=2", "trainer.max_epochs=-1", f"trainer.max_steps={STEPS}",
+        f"checkpoint.every_n_steps={EVERY}", "trainer.val_check_interval=1.0", f"run_dir={tmp_path / 'run'}",
+        f"+callbacks.held.file={tmp_path / 'held'}", "+callbacks.held._target_=tests.test_leaks.Held",
+        "trusted_targets=[tests.test_leaks.Held]",
     ]  # fmt: skip
     run_ranks([words], cache, world=1)
     held = [tuple(map(float, line.split())) for line in (tmp_path / "held").read_text().splitlines()]

@@ -26,6 +26,7 @@ from dpo_lightning.checkpoints.writer import publish
 from dpo_lightning.cluster import points
 from dpo_lightning.cluster.exits import StorageError
 from dpo_lightning.cluster.interrupt import validation_is_due
+from dpo_lightning.cluster.ranks import Words
 from dpo_lightning.types import UserError
 
 REFUSED = 3  # saves in a row that a disk may refuse before the run ends: what it trains would be lost with it
@@ -90,14 +91,18 @@ class Saver(CheckpointIO):
             error, self._error = self._error, None
             raise error
 
-    def check(self, checkpoints: Path) -> None:
-        """Raise StorageError where the disk has refused too many saves in a row; `checkpoints` is their folder."""
-        if self.refused < REFUSED:
+    def check(self, checkpoints: Path, words: Words) -> None:
+        """Raise StorageError, on every rank, where the disk has refused the first one too many saves in a row.
+
+        `checkpoints` is their folder. Collective.
+        """
+        refused = words.highest(self.refused)
+        if refused < REFUSED:
             return
         left = published(checkpoints)
         then = f"goes on from {left[0].name}" if left else "starts anew, as there is no checkpoint"
         raise StorageError(
-            f"{checkpoints}: {self.refused} checkpoints in a row could not be saved; "
+            f"{checkpoints}: {refused} checkpoints in a row could not be saved; "
             f"free space or quota and start the run again: it {then}"
         )
 
@@ -131,8 +136,8 @@ class Checkpoints(pl.Callback):
     Where a validation is due at the same step, it goes first: a run that is killed within it will make it again.
     """
 
-    def __init__(self, run_dir: Path, every_n_steps: int | None):
-        self.folder, self.every_n_steps = run_dir / "checkpoints", every_n_steps
+    def __init__(self, run_dir: Path, every_n_steps: int | None, words: Words):
+        self.folder, self.every_n_steps, self.words = run_dir / "checkpoints", every_n_steps, words
         self._step = self._saved = 0
         self._after_validation = False
 
@@ -149,7 +154,7 @@ class Checkpoints(pl.Callback):
             return
         self._step = step
         saver: Any = trainer.strategy.checkpoint_io
-        saver.check(self.folder)
+        saver.check(self.folder, self.words)
         points.at("step.end", step)
         if self.every_n_steps is None or step % self.every_n_steps or trainer.is_last_batch:
             return

@@ -76,7 +76,5 @@ def _resolved(cfg: DictConfig, key: str, value: Any) -> str:
         return str(value)
     try:
         return f"{value} {OmegaConf.select(cfg, key)}"
-    except (
-        OmegaConfBaseException
-    ):  # told later, by `check`; or it stands for something of Hydra's that is not yet there
+    except OmegaConfBaseException:  # told later, by `check`; or it stands for what is not yet there
         return value

@@ -11,8 +11,6 @@ from dpo_lightning.types import RunError
 
 DONE, CRASHED, USER_ERROR, WRONG_NUMBERS, RANK_LOST, STORAGE, NO_PROGRESS = range(7)
 INTERRUPTED = 128 + signal.SIGINT
-GOES_ON = 128 + signal.SIGUSR1  # saved before its end: to be started again
-TERMINATED = 128 + signal.SIGTERM
 
 
 class WrongNumbers(RunError):

@@ -11,13 +11,12 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 
 from dpo_lightning.cluster.exits import INTERRUPTED
+from dpo_lightning.cluster.ranks import Words
 
 NOTES = {
     signal.SIGINT: b"\nstopping at the end of this step, then saving; Ctrl-C again kills\n",
@@ -47,12 +46,12 @@ class Interrupt(pl.Callback):
         self.signal: int | None = None
         self.stopping = False  # what all ranks have agreed upon at the last step's end
         self.complete = False  # the last step has been made
+        self.words = Words()
         self._end_of_job, self._save_seconds = end_of_job, save_seconds
         self._end: float | None = None
         self._left_out = False
         self._step = 0
         self._since, self._longest = time.monotonic(), 0.0  # of a step, in seconds
-        self._group: Any = None  # of gloo: signals reach CPUs
 
     @property
     def requested(self) -> bool:
@@ -98,8 +97,6 @@ class Interrupt(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, *args: Any) -> None:
         """Take the signals where there was no validation before; begin no training that is not wanted any more."""
         self._take()
-        if trainer.world_size > 1 and self._group is None:
-            self._group = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=1))
         if trainer.is_global_zero:
             self._end = self._end_of_job()
         self._step, self._since = trainer.global_step, time.monotonic()
@@ -137,23 +134,13 @@ class Interrupt(pl.Callback):
         """Leave the validation out of the next step's time."""
         self._since = time.monotonic()
 
-    def wait_for_all(self) -> None:
-        """Wait for the first rank's export: launchers kill it when another rank has gone with an exit code."""
-        if self._group is not None:
-            torch.distributed.barrier(group=self._group)
-
     def _agree(self, trainer: pl.Trainer) -> None:
-        """Make the signal of one rank that of all: a word between CPUs, no wait for a GPU."""
+        """Make the signal of one rank that of all."""
         if self.signal is None and self._no_time_left():
             self.signal = signal.SIGUSR1
             print("the job's time is nearly over: saving; the run goes on when started again", flush=True)
-        if self._group is not None:
-            number = torch.tensor([self.signal or 0])
-            torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, group=self._group)
-            self.signal = int(number) or self.signal
-            self.stopping = bool(number)
-        else:
-            self.stopping = self.requested
+        number = self.words.highest(self.signal or 0)
+        self.signal, self.stopping = number or self.signal, bool(number)
         self.complete = trainer.global_step >= trainer.estimated_stepping_batches
 
     def _no_time_left(self) -> bool:

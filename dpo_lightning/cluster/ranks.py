@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -32,3 +35,25 @@ def gather_texts(text: str, device: torch.device) -> list[str]:
     torch.distributed.all_gather(texts, torch.cat([own, own.new_zeros(longest - len(own))]))
     parts = zip(texts, lengths, strict=True)
     return [bytes(part[: int(length) - 1].tolist()).decode() for part, length in parts]
+
+
+class Words:
+    """Talk between the ranks' CPUs, over gloo: of what concerns processes, without a wait for a GPU."""
+
+    def __init__(self) -> None:
+        self._group: Any = None
+
+    def highest(self, word: int) -> int:
+        """Return the largest number that a rank has said. Collective."""
+        if not together():
+            return word
+        if self._group is None:
+            self._group = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=1))
+        said = torch.tensor([int(word)])
+        torch.distributed.all_reduce(said, torch.distributed.ReduceOp.MAX, group=self._group)
+        return int(said)
+
+    def wait(self) -> None:
+        """Wait until all ranks have come here, if they have talked before."""
+        if self._group is not None:
+            torch.distributed.barrier(group=self._group)

@@ -11,7 +11,6 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -31,15 +30,11 @@ class Watchdog(pl.Callback):
     Args:
         hang_seconds: a rank that passes no named point for so long ends the run; None: never.
         slow_factor: a rank that takes so many times what the others take, before each backward pass, is told of, once.
-        look: seconds between two looks for such ranks.
-        end: what ends this process, given the exit code.
 
     """
 
-    def __init__(
-        self, hang_seconds: float | None, slow_factor: float, look: float = LOOK, end: Callable[[int], None] = os._exit
-    ):
-        self.hang_seconds, self.slow_factor, self.look, self._end = hang_seconds, slow_factor, look, end
+    def __init__(self, hang_seconds: float | None, slow_factor: float):
+        self.hang_seconds, self.slow_factor = hang_seconds, slow_factor
         self.signs = Signs()
         self._over = threading.Event()
         self._children: list[Any] = []
@@ -84,7 +79,7 @@ class Watchdog(pl.Callback):
         while not self._over.wait(BEAT):
             try:
                 self.signs.tell()
-                if self.signs.rank == 0 and time.monotonic() - looked > self.look:
+                if self.signs.rank == 0 and time.monotonic() - looked > LOOK:
                     looked = time.monotonic()
                     self._look_for_slow_ranks()
             except RuntimeError as error:  # of the store, which lives in the first rank
@@ -135,7 +130,7 @@ class Watchdog(pl.Callback):
         sys.stderr.flush()
         for child in self._children:
             child.kill()
-        self._end(RANK_LOST)
+        os._exit(RANK_LOST)
 
 
 def _take_children(trainer: pl.Trainer) -> list[Any]:

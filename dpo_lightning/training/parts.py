@@ -14,7 +14,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from dpo_lightning.cluster.exits import TooLarge
-from dpo_lightning.cluster.ranks import together
+from dpo_lightning.cluster.ranks import Words
 from dpo_lightning.types import Batch, PairLogps
 
 Score = Callable[[Batch], tuple[PairLogps, PairLogps]]
@@ -25,7 +25,7 @@ class Parts:
 
     def __init__(self) -> None:
         self.count = 1
-        self._group: Any = None
+        self._words = Words()
 
     def score(self, trainer: Any, batch: Batch, score: Score) -> tuple[PairLogps, PairLogps]:
         """Return what `score` gives for the batch.
@@ -41,7 +41,7 @@ class Parts:
                 if getattr(trainer.strategy, "zero_stage_3", False):
                     raise
                 scores, failed = None, str(error).splitlines()[0]
-            if not self._any_rank(bool(failed)):
+            if not self._words.highest(bool(failed)):
                 assert scores is not None
                 return scores
             if self.count >= len(batch):
@@ -63,16 +63,6 @@ class Parts:
         scored = [checkpoint(score, part, use_reentrant=False) for part in split(batch, self.count)]
         policies, references = zip(*scored, strict=True)
         return _joined(policies), _joined(references)
-
-    def _any_rank(self, failed: bool) -> bool:
-        """Return whether it failed on any rank: a word between CPUs."""
-        if not together():
-            return failed
-        if self._group is None:
-            self._group = torch.distributed.new_group(backend="gloo")
-        word = torch.tensor([failed], dtype=torch.int32)
-        torch.distributed.all_reduce(word, group=self._group)
-        return bool(word)
 
 
 def split(batch: Batch, count: int) -> list[Batch]:

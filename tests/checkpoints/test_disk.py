@@ -10,7 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 
-from tests.ranks import ROOT, environment
+from tests.ranks import ROOT, TINY, environment, fault, run_ranks
 
 UNSHARE = ["unshare", "--map-root-user", "--mount"]
 MOUNT = 'mount -t tmpfs -o "$0" none "$1" && shift && exec "$@"'
@@ -93,6 +93,14 @@ def test_a_folder_that_turns_out_unwritable_is_one_line_too(tmp_path, cli, capsy
     (run / "config.yaml").mkdir(parents=True)  # what the first file written meets
     assert cli(*WORDS, f"run_dir={run}") == 2
     assert f"error: run_dir={run}: cannot be written ([Errno 21] Is a directory" in capsys.readouterr().err
+
+
+def test_all_ranks_end_with_one_code(tmp_path, cache):
+    """The first rank alone writes, and the others would wait for it."""
+    words = [*TINY, "trainer.devices=2", "strategy=ddp", "data.batch_size=2", "trainer.max_epochs=3",
+             "checkpoint.every_n_steps=1", f"run_dir={tmp_path / 'run'}"]  # fmt: skip
+    for output in run_ranks([[*words, *fault("at=save.before_manifest;do=enospc")]], cache, code=5):
+        assert "3 checkpoints in a row could not be saved" in output
 
 
 def main(disk: Path) -> list[dict[str, Any]]:

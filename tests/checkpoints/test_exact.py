@@ -13,13 +13,12 @@ import torch
 from dpo_lightning.checkpoints.resume import to_resume
 from dpo_lightning.checkpoints.saver import Saver
 from dpo_lightning.types import UserError
-from tests.ranks import rows, run_ranks, trace, traced
+from tests.ranks import TINY, rows, run_ranks, trace, traced
 
 STEPS = 10
 WORDS = [
-    "model=tiny", "logger=none", "callbacks=none", "samples.count=0", "trainer.precision=32-true",
-    "trainer.accelerator=cpu", "data.max_pairs=40", "data.max_length=160", "trainer.max_epochs=2",
-    "data.batch_size=4", "trainer.accumulate_grad_batches=2", "optim.lr=1e-3", "checkpoint.keep_last=null",
+    *TINY, "trainer.max_epochs=2", "data.batch_size=4", "trainer.accumulate_grad_batches=2", "optim.lr=1e-3",
+    "checkpoint.keep_last=null",
 ]  # fmt: skip
 LORA, FULL = ["lora.lora_dropout=0.1", "checkpoint.every_n_steps=1"], ["lora=none", "checkpoint.every_n_steps=1"]
 OTHERS = {

@@ -9,19 +9,16 @@ import time
 import pytest
 
 from dpo_lightning.checkpoints.resume import to_resume
-from tests.ranks import environment, finished, start
+from tests.ranks import TINY, environment, finished, start
 
-TINY = [
-    "model=tiny", "logger=none", "callbacks=none", "samples.count=0", "trainer.precision=32-true",
-    "trainer.max_steps=3", "trainer.accelerator=cpu", "data.max_pairs=40", "data.max_length=160",
-]  # fmt: skip
+SHORT = [*TINY, "trainer.max_steps=3"]
 
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory, cache):
     """Return the folder of a run on one process, eight pairs a step."""
     run = tmp_path_factory.mktemp("one") / "run"
-    words = [*TINY, "data.batch_size=8", f"run_dir={run}"]
+    words = [*SHORT, "data.batch_size=8", f"run_dir={run}"]
     subprocess.run([sys.executable, "-m", "dpo_lightning", *words], env=environment(cache), check=True)
     return run
 
@@ -37,7 +34,7 @@ def compare(two, one, metrics):
 
 def test_two_devices_are_started_by_lightning_under_zero2(one, metrics, tmp_path, cache):
     run = tmp_path / "two"
-    words = [*TINY, "data.batch_size=4", "trainer.devices=2", f"run_dir={run}"]
+    words = [*SHORT, "data.batch_size=4", "trainer.devices=2", f"run_dir={run}"]
     done = subprocess.run(
         [sys.executable, "-m", "dpo_lightning", *words], capture_output=True, text=True, timeout=240, check=False,
         env=environment(cache),
@@ -49,7 +46,7 @@ def test_two_devices_are_started_by_lightning_under_zero2(one, metrics, tmp_path
 
 def test_two_nodes_of_one_device_equal_one_process(one, metrics, tmp_path, cache):
     run = tmp_path / "nodes"
-    words = [*TINY, "data.batch_size=4", "trainer.devices=1", "trainer.num_nodes=2", f"run_dir={run}"]
+    words = [*SHORT, "data.batch_size=4", "trainer.devices=1", "trainer.num_nodes=2", f"run_dir={run}"]
     nodes = start([sys.executable, "-m", "dpo_lightning", *words], 2, environment(cache), nodes=2)
     for code, output in finished(nodes):
         assert code == 0, output
@@ -57,7 +54,7 @@ def test_two_nodes_of_one_device_equal_one_process(one, metrics, tmp_path, cache
 
 
 def test_torchruns_ranks_share_a_dated_folder(one, metrics, tmp_path, cache):
-    words = [*TINY, "data.batch_size=4", "trainer.devices=2", "strategy=ddp"]
+    words = [*SHORT, "data.batch_size=4", "trainer.devices=2", "strategy=ddp"]
     command = ["-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "dpo_lightning", *words]
     done = subprocess.run(
         [sys.executable, *command], capture_output=True, text=True, timeout=240, check=False, cwd=tmp_path,
@@ -70,8 +67,7 @@ def test_torchruns_ranks_share_a_dated_folder(one, metrics, tmp_path, cache):
 
 def test_a_signal_to_the_first_rank_stops_both_saves_and_exports(tmp_path, cache):
     run = tmp_path / "run"
-    kept = [word for word in TINY if not word.startswith("trainer.max_steps")]
-    words = [*kept, "data.batch_size=4", "trainer.devices=2", "trainer.max_epochs=1000", f"run_dir={run}"]
+    words = [*TINY, "data.batch_size=4", "trainer.devices=2", "trainer.max_epochs=1000", f"run_dir={run}"]
     process = subprocess.Popen(
         [sys.executable, "-m", "dpo_lightning", *words], env=environment(cache), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

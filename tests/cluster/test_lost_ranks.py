@@ -12,12 +12,11 @@ import pytest
 from dpo_lightning.checkpoints.resume import to_resume
 from dpo_lightning.cluster.signs import Sign, behind, slow
 from dpo_lightning.cluster.watchdog import LOOKS, Watchdog
-from tests.ranks import environment, finished, start
+from tests.ranks import TINY, environment, finished, start
 
 WORDS = [
-    "model=tiny", "logger=none", "callbacks=none", "samples.count=0", "trainer.precision=32-true",
-    "trainer.accelerator=cpu", "data.max_pairs=40", "data.max_length=160", "trainer.max_epochs=-1",
-    "trainer.max_steps=6", "data.batch_size=4", "trainer.devices=2", "checkpoint.every_n_steps=1",
+    *TINY, "trainer.max_epochs=-1", "trainer.max_steps=6", "data.batch_size=4", "trainer.devices=2",
+    "checkpoint.every_n_steps=1",
 ]  # fmt: skip
 LOST = 4
 

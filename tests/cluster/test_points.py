@@ -7,13 +7,9 @@ import sys
 import pytest
 
 from dpo_lightning.cluster import points
-from tests.ranks import environment
+from tests.ranks import TINY, environment
 
-WORDS = [
-    "model=tiny", "logger=none", "callbacks=none", "samples.count=0", "trainer.precision=32-true",
-    "trainer.accelerator=cpu", "data.max_pairs=40", "data.max_length=160", "data.batch_size=4", "reference=cached",
-    "checkpoint.every_n_steps=2", "checkpoint.keep_last=1",
-]  # fmt: skip
+WORDS = [*TINY, "data.batch_size=4", "reference=cached", "checkpoint.every_n_steps=2", "checkpoint.keep_last=1"]
 
 
 RECORD = """

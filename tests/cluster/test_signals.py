@@ -14,13 +14,11 @@ import torch
 from dpo_lightning.checkpoints.folder import published, step_number, verify
 from dpo_lightning.cluster import slurm
 from dpo_lightning.cluster.interrupt import Interrupt
-from tests.ranks import fault, rows, run_ranks, trace, traced
+from tests.ranks import TINY, fault, rows, run_ranks, trace, traced
 
 WORDS = [
-    "model=tiny", "logger=none", "callbacks=none", "samples.count=0", "trainer.precision=32-true",
-    "trainer.accelerator=cpu", "data.max_pairs=40", "data.max_length=160", "trainer.max_epochs=2",
-    "data.batch_size=2", "trainer.accumulate_grad_batches=2", "lora.lora_dropout=0.1", "trainer.val_check_interval=4",
-    "checkpoint.every_n_steps=4", "trainer.devices=2", "strategy=zero2",
+    *TINY, "trainer.max_epochs=2", "data.batch_size=2", "trainer.accumulate_grad_batches=2", "lora.lora_dropout=0.1",
+    "trainer.val_check_interval=4", "checkpoint.every_n_steps=4", "trainer.devices=2", "strategy=zero2",
 ]  # fmt: skip
 STEPS = 10
 # signal, ranks, point, step that it comes in, step that the run is saved at

@@ -6,13 +6,9 @@ import pytest
 
 from dpo_lightning.checkpoints.starts import STARTS, check_progress, note, read
 from dpo_lightning.cluster.exits import NoProgress
-from tests.ranks import fault, run_ranks, traced
+from tests.ranks import TINY, fault, run_ranks, traced
 
-WORDS = [
-    "model=tiny", "logger=none", "callbacks=none", "samples.count=0", "trainer.precision=32-true",
-    "trainer.accelerator=cpu", "data.max_pairs=40", "data.max_length=160", "data.batch_size=4",
-    "checkpoint.every_n_steps=2",
-]  # fmt: skip
+WORDS = [*TINY, "data.batch_size=4", "checkpoint.every_n_steps=2"]
 NO_PROGRESS = 6
 
 

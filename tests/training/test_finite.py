@@ -3,12 +3,9 @@
 import pytest
 
 from dpo_lightning.checkpoints.folder import published, step_number
-from tests.ranks import fault, run_ranks, trace, traced
+from tests.ranks import TINY, fault, run_ranks, trace, traced
 
-WORDS = [
-    "model=tiny", "logger=none", "callbacks=none", "samples.count=0", "trainer.precision=32-true",
-    "trainer.accelerator=cpu", "data.max_pairs=40", "data.max_length=160", "checkpoint.every_n_steps=2",
-]  # fmt: skip
+WORDS = [*TINY, "checkpoint.every_n_steps=2"]
 TWO = ["trainer.devices=2", "data.batch_size=2", "trainer.accumulate_grad_batches=2"]
 WRONG_NUMBERS = 3
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3")

@@ -6,13 +6,9 @@ import torch
 
 from dpo_lightning.training.parts import split
 from dpo_lightning.types import Batch
-from tests.ranks import fault, rows, run_ranks, trace, traced
+from tests.ranks import TINY, fault, rows, run_ranks, trace, traced
 
-WORDS = [
-    "model=tiny", "logger=none", "callbacks=none", "samples.count=0", "trainer.precision=32-true",
-    "trainer.accelerator=cpu", "data.max_pairs=40", "data.max_length=160", "trainer.devices=2", "trainer.max_steps=4",
-    "data.batch_size=4",
-]  # fmt: skip
+WORDS = [*TINY, "trainer.devices=2", "trainer.max_steps=4", "data.batch_size=4"]
 CASES = {"ddp": "lora=r16", "zero2": "lora=r16", "zero1": "lora=none"}
 
 

@@ -3,12 +3,11 @@
 import pytest
 
 from dpo_lightning.training.spikes import LEAST, Spikes
-from tests.ranks import fault, rows, run_ranks, trace, traced
+from tests.ranks import TINY, fault, rows, run_ranks, trace, traced
 
 WORDS = [
-    "model=tiny", "logger=none", "callbacks=none", "samples.count=0", "trainer.precision=32-true",
-    "trainer.accelerator=cpu", "data.max_pairs=40", "data.max_length=160", "data.batch_size=2", "skip_spikes=6",
-    "trainer.max_epochs=2", "checkpoint.every_n_steps=17", "checkpoint.keep_last=null", "trainer.limit_val_batches=0",
+    *TINY, "data.batch_size=2", "skip_spikes=6", "trainer.max_epochs=2", "checkpoint.every_n_steps=17",
+    "checkpoint.keep_last=null", "trainer.limit_val_batches=0",
 ]  # fmt: skip
 SPIKE = fault("at=loss;do=times:100;step=20")
 

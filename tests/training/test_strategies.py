@@ -14,12 +14,8 @@ from safetensors.torch import load_file
 
 from dpo_lightning.cluster import agreement
 from dpo_lightning.types import UserError
-from tests.ranks import rows, run_ranks, trace, traced
+from tests.ranks import TINY, rows, run_ranks, trace, traced
 
-TINY = [
-    "model=tiny", "logger=none", "callbacks=none", "samples.count=0", "trainer.precision=32-true",
-    "trainer.accelerator=cpu", "data.max_pairs=40", "data.max_length=160",
-]  # fmt: skip
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
 MODES = {"r16": ("adapter_off", "frozen_copy", "cached"), "none": ("frozen_copy", "cached")}
 # strategy, LoRA or full, reference, accumulation; a step always has 8 pairs
