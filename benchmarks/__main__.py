@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -13,7 +14,7 @@ from benchmarks import machine, table
 from benchmarks.arms import program_of
 from benchmarks.records import Record, load, new_file, unfinished
 from benchmarks.runs import ROOT, Bench, BenchmarkError
-from benchmarks.workloads import ARMS, DATA, WORKLOADS, Workload
+from benchmarks.workloads import ARMS, COMPACT, DATA, WORKLOADS, Workload
 
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -27,6 +28,8 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--warmup", type=whole, help="steps that are dropped")
     parse.add_argument("--steps", type=positive, help="steps that are timed")
     parse.add_argument("--pairs", type=positive, help="pairs a step")
+    parse.add_argument("--device", choices=("cpu", "cuda"), help="what both programs train on; cpu")
+    parse.add_argument("--model", type=words_of, metavar="WORDS", help='such as "model=llama32_1b"; model=smollm2')
     parse.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parse.add_argument("--resume", action="store_true", help="go on with a benchmark of the same code that was cut off")
     parse.add_argument(
@@ -44,6 +47,11 @@ def whole(text: str) -> int:
     return value
 
 
+def words_of(text: str) -> tuple[str, ...]:
+    """Return the words of one argument."""
+    return tuple(shlex.split(text))
+
+
 def positive(text: str) -> int:
     """Return a whole number above 0."""
     if not (value := whole(text)):
@@ -53,10 +61,14 @@ def positive(text: str) -> int:
 
 def chosen(options: argparse.Namespace) -> list[Workload]:
     """Return the workloads as the options want them."""
-    changes = {key: getattr(options, key) for key in ("warmup", "steps", "pairs") if getattr(options, key) is not None}
+    keys = ("warmup", "steps", "pairs", "device", "model")
+    changes = {key: getattr(options, key) for key in keys if getattr(options, key) is not None}
     if options.arms:
         changes["arms"] = tuple(_known(name, ARMS) for name in options.arms.split(","))
-    return [replace(WORKLOADS[_known(name, WORKLOADS)], **changes) for name in options.workload or WORKLOADS]
+    found = [WORKLOADS[_known(name, WORKLOADS)] for name in options.workload or WORKLOADS]
+    if options.device == "cuda":  # where TRL's compact head is always on
+        found = [replace(one, arms=tuple(arm for arm in one.arms if arm != COMPACT)) for one in found]
+    return [replace(one, **changes) for one in found]
 
 
 def _known(name: str, names: Iterable[str]) -> str:
@@ -67,7 +79,9 @@ def _known(name: str, names: Iterable[str]) -> str:
 
 def bench(workload: Workload, options: argparse.Namespace) -> None:
     """Run one benchmark, print its table and write it beside the record."""
-    fresh = Record(workload, options.rounds, time.strftime("%Y-%m-%d %H:%M"), machine.describe(), machine.versions())
+    fresh = Record(
+        workload, options.rounds, time.strftime("%Y-%m-%d %H:%M"), machine.describe(workload.device), machine.versions()
+    )
     if fresh.versions["trl"] == "none" and "trl" in map(program_of, workload.arms):
         raise BenchmarkError("TRL is not installed: `make bench` installs it, or pip install '.[bench]'")
     file = unfinished(options.out, fresh) if options.resume else None

@@ -39,13 +39,13 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def environment(arm: str, scratch: Path, inherited: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment of an arm: offline, on the CPU, caches of its own, and nobody else's tuning."""
+def environment(arm: str, scratch: Path, inherited: Mapping[str, str], device: str = "cpu") -> dict[str, str]:
+    """Return the environment of an arm: offline, caches of its own, nobody else's tuning; one GPU, or none."""
     kept = {key: value for key, value in inherited.items() if not key.startswith(FOREIGN)}
     return {
         **kept,
         "OMP_NUM_THREADS": str(cores()),
-        "CUDA_VISIBLE_DEVICES": "",
+        "CUDA_VISIBLE_DEVICES": "" if device == "cpu" else "0",
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_DATASETS_CACHE": str((scratch / "cache" / "datasets").absolute()),
@@ -58,7 +58,8 @@ def our_words(workload: Workload, arm: str, rows: Path, run_dir: Path, float32: 
     """Return the words behind `python -m dpo_lightning` for one of our arms."""
     live = "adapter_off" if workload.lora else "frozen_copy"
     words = [
-        "model=smollm2", f"lora={'r16' if workload.lora else 'none'}", f"optim.lr={workload.lr}",
+        *workload.model, f"trainer.accelerator={'cpu' if workload.device == 'cpu' else 'gpu'}",
+        "trainer.devices=1", f"lora={'r16' if workload.lora else 'none'}", f"optim.lr={workload.lr}",
         f"reference={'cached' if arm == CACHED else live}", "data=jsonl", f"data.path={rows}", f"data.val_path={rows}",
         f"data.batch_size={workload.pairs}", "data.shuffle=false", f"data.max_length={workload.max_length}",
         f"trainer.max_steps={workload.all_steps}", f"trainer.precision={'32-true' if float32 else 'bf16-mixed'}",
@@ -73,7 +74,7 @@ def trl_config(workload: Workload, arm: str, run_dir: Path, float32: bool = Fals
     """Return DPOConfig's keywords for one of TRL's arms; what is not here is as TRL ships it."""
     config: dict[str, Any] = {
         "output_dir": str(run_dir),
-        "use_cpu": True,  # else it refuses its own default, bfloat16, on a machine without a GPU
+        "use_cpu": workload.device == "cpu",  # else it refuses its own default, bfloat16, where no GPU is
         "per_device_train_batch_size": workload.pairs,
         "max_steps": workload.all_steps,
         "max_length": workload.max_length,
@@ -109,7 +110,6 @@ def read_steps(arm: str, run_dir: Path, pairs: int) -> list[Step]:
     """Return the steps of a finished run, whose steps had `pairs` pairs each."""
     if program_of(arm) == "trl":
         return [Step(**step) for step in json.loads((run_dir / "trl.json").read_text())["steps"]]
-    logged = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [
         Step(
             pairs / row["perf/pairs_per_second"],
@@ -119,6 +119,18 @@ def read_steps(arm: str, run_dir: Path, pairs: int) -> list[Step]:
             row["train/logps/rejected"],
             row.get("perf/mfu"),
         )
-        for row in logged
-        if "train/loss" in row
+        for row in _logged(run_dir)
     ]
+
+
+def read_memory(arm: str, run_dir: Path) -> int | None:
+    """Return the most bytes that a finished run's tensors took on its CUDA device; None if it had none."""
+    if program_of(arm) == "trl":
+        return json.loads((run_dir / "trl.json").read_text()).get("peak_device")
+    peak = _logged(run_dir)[-1].get("perf/device_memory_gb")
+    return None if peak is None else round(peak * 1e9)
+
+
+def _logged(run_dir: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "train/loss" in row]

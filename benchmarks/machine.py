@@ -15,8 +15,8 @@ PACKAGES = ("torch", "transformers", "peft", "trl", "lightning")
 SOURCES = ("dpo_lightning", "conf", ":(glob)benchmarks/*.py")  # what a result depends on
 
 
-def describe(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, Any]:
-    """Return processor, cores, threads an arm has, and memory."""
+def describe(device: str = "cpu", cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, Any]:
+    """Return processor, cores, threads an arm has, and memory; the accelerator where device is cuda."""
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
@@ -24,7 +24,17 @@ def describe(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": cores(),
         "memory_gb": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1),
+        **({"accelerator": accelerator()} if device == "cuda" else {}),
     }
+
+
+def accelerator() -> str:
+    """Return name, memory and driver of the first CUDA device, without loading CUDA into this process."""
+    try:
+        words = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader", "--id=0"]
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def versions() -> dict[str, str]:

@@ -79,14 +79,14 @@ def write_pairs(path: str, out: Path, wanted: int, tokenizer: Any, max_length: i
 
 def main(job: dict[str, Any]) -> None:
     """Convert the model, write the pairs, and tell of both in `job["out"]`."""
-    from omegaconf import OmegaConf
+    from hydra import compose, initialize_config_dir
+    from hydra.utils import instantiate
 
     from dpo_lightning.config import CONF
     from dpo_lightning.data.prepare import cache_dir
-    from dpo_lightning.model.source import ModelSource
 
-    smollm2: Any = OmegaConf.load(CONF / "model" / "smollm2.yaml")
-    source = ModelSource(smollm2.name, cache_dir() / "models")
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        source = instantiate(compose("config", job["words"]).model, cache=cache_dir() / "models")
     found = write_pairs(job["path"], Path(job["rows"]), job["wanted"], source.load_tokenizer(), job["max_length"])
     Path(job["out"]).write_text(json.dumps({"model": source.folder(), "pairs": found}))
 

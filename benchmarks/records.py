@@ -24,7 +24,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Run:
-    """One process that trained: all of its steps, its largest resident set in bytes, the machine's load before it."""
+    """One process that trained: all of its steps, its largest resident set in bytes, the machine's load before it.
+
+    peak_device: the most bytes of its tensors on a CUDA device; None on the CPU.
+    """
 
     arm: str
     round: int
@@ -32,6 +35,7 @@ class Run:
     peak_rss: int
     wall_seconds: float
     load: float
+    peak_device: int | None = None
 
 
 @dataclass
@@ -72,7 +76,8 @@ class Record:
 def load(file: Path) -> Record:
     """Read a record."""
     raw = json.loads(file.read_text())
-    workload = Workload(**raw["workload"] | {"arms": tuple(raw["workload"]["arms"])})
+    lists = {key: tuple(value) for key, value in raw["workload"].items() if isinstance(value, list)}
+    workload = Workload(**raw["workload"] | lists)
     runs = [Run(**run | {"steps": [Step(**step) for step in run["steps"]]}) for run in raw["runs"]]
     return Record(**raw | {"workload": workload, "runs": runs})
 
@@ -88,7 +93,7 @@ def unfinished(folder: Path, like: Record) -> Path | None:
 
 
 def new_file(folder: Path, record: Record) -> Path:
-    """Return a file name that is free: the date and the workload, and a number where a day has several."""
-    stem = f"{record.started[:10]}-{record.workload.name}"
+    """Return a file name that is free: the date, the workload, cuda if so, and a number where a day has several."""
+    stem = f"{record.started[:10]}-{record.workload.name}" + ("-cuda" if record.workload.device == "cuda" else "")
     names = (folder / f"{stem}{suffix}.json" for suffix in ("", *(f"-{n}" for n in range(2, 1000))))
     return next(file for file in names if not file.exists())

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from benchmarks.arms import IMPORTS, command, environment, program_of, read_steps
+from benchmarks.arms import IMPORTS, command, environment, program_of, read_memory, read_steps
 from benchmarks.records import Record, Run, Step
 from benchmarks.workloads import LIVE, SHIPPED, Workload
 
@@ -88,7 +88,9 @@ class Bench:
             )
 
     def _child(self, name: str, words: Sequence[str], arm: str = "") -> Child:
-        return run_child(words, environment(arm, SCRATCH, os.environ), SCRATCH / "logs" / f"{name}.log")
+        return run_child(
+            words, environment(arm, SCRATCH, os.environ, self.workload.device), SCRATCH / "logs" / f"{name}.log"
+        )
 
     def _prepare(self) -> None:
         """Write the rows; the model is converted on the way, so that no arm's memory contains that."""
@@ -99,6 +101,7 @@ class Bench:
                 shutil.rmtree(SCRATCH / "cache" / cache, ignore_errors=True)
         job = {
             "path": self.data, "rows": str(self.rows), "out": str(out), "max_length": self.workload.max_length,
+            "words": self.workload.model,
             "wanted": max(self.workload.all_steps * self.workload.pairs, PARITY_STEPS * PARITY_PAIRS),
         }  # fmt: skip
         self._child(f"{self.workload.name}-pairs", [sys.executable, "-m", "benchmarks.pairs", json.dumps(job)])
@@ -133,13 +136,13 @@ class Bench:
         load = os.getloadavg()[0]
         words = command(workload, arm, self.rows, run_dir, self.model, float32)
         child = self._child(f"{workload.name}-{name}", words, arm)
-        steps = read_steps(arm, run_dir, workload.pairs)
+        steps, peak_device = read_steps(arm, run_dir, workload.pairs), read_memory(arm, run_dir)
         if len(steps) != workload.all_steps:
             raise BenchmarkError(f"{arm}: {len(steps)} steps instead of {workload.all_steps}; see {run_dir}")
         if program_of(arm) == "trl":
             self._same_tokens(arm, json.loads((run_dir / "trl.json").read_text())["digest"])
         shutil.rmtree(run_dir)  # an exported model is half a gigabyte
-        return Run(arm, number, steps, child.peak_rss, child.seconds, load)
+        return Run(arm, number, steps, child.peak_rss, child.seconds, load, peak_device)
 
     def _same_tokens(self, arm: str, digest: str) -> None:
         if digest != self.record.pairs["digest"]:

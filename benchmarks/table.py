@@ -39,8 +39,8 @@ def seconds(run: Run, record: Record) -> float:
 
 
 def memory(run: Run, record: Record) -> float:
-    """Return the peak resident set above that of the program's imports, in bytes."""
-    return run.peak_rss - record.baselines[program_of(run.arm)]
+    """Return the peak of the device, or the peak resident set above that of the program's imports, in bytes."""
+    return run.peak_device if run.peak_device is not None else run.peak_rss - record.baselines[program_of(run.arm)]
 
 
 def mfu(run: Run, record: Record) -> float | None:
@@ -113,7 +113,10 @@ def _heading(record: Record) -> Iterator[str]:
     programs = ", ".join(f"{name} {versions[name]}" for name in ("dpo_lightning", "torch", "transformers", "peft"))
     yield f"{record.started}; {programs}."
     yield f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gb']} GB; threads: {machine['threads']}."
-    yield "CPU alone; there TRL's fused head has no kernel of its own, and scores every position unless told not to."
+    if record.workload.device == "cpu":
+        yield "CPU alone: there TRL's fused head has no kernel of its own, and scores every position if not told other."
+    else:
+        yield f"One {machine['accelerator']}; memory is what tensors took there at the most."
     if missing := len(record.missing()):
         yield ""
         yield f"**Unfinished**: {missing} of {record.rounds * len(record.workload.arms)} runs are missing."
@@ -142,7 +145,7 @@ def _arms(record: Record) -> Iterator[str]:
     columns = (
         "arm",
         "pairs/s",
-        "peak RSS above imports, GB",
+        "peak RSS above imports, GB" if record.workload.device == "cpu" else "peak of the device, GB",
         "peak RSS, GB",
         "steps dropped + timed",
         "last dropped / timed (1)",
@@ -191,9 +194,9 @@ def _setting(record: Record) -> Iterator[str]:
     longest = max(prompt + max(chosen, rejected) for prompt, chosen, rejected in lengths)
     mode = "LoRA r 16 on all linear layers" if workload.lora else "full fine-tuning"
     yield (
-        f"SmolLM2-135M, {mode}, learning rate {workload.lr:g}, {workload.pairs} pairs a step in file order, bfloat16; "
-        f"rounds: {record.rounds}, in each every arm once, one process after the other. A ratio is of the total time "
-        "of the timed steps, or of the peak resident sets above imports, of two runs of one round."
+        f"`{' '.join(workload.model)}`, {mode}, learning rate {workload.lr:g}, {workload.pairs} pairs a step in file "
+        f"order, bfloat16; rounds: {record.rounds}, in each every arm once, one process after the other. A ratio is of "
+        "the total time of the timed steps, or of the peaks of memory, of two runs of one round."
     )
     yield ""
     yield (

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 import trl.trainer.utils
 from datasets import load_dataset
 from peft import LoraConfig
@@ -77,6 +78,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
             }
             for seconds, entry in zip(clock.seconds, logged, strict=True)
         ],
+        "peak_device": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
         "digest": token_digest((row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in tokens),
     }
 

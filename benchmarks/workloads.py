@@ -35,6 +35,8 @@ class Workload:
     steps: int = 16
     pairs: int = 8  # a step
     max_length: int = 1024
+    device: Literal["cpu", "cuda"] = "cpu"
+    model: tuple[str, ...] = ("model=smollm2",)  # what dpo_lightning's command line says of it
 
     @property
     def all_steps(self) -> int:
@@ -46,7 +48,8 @@ class Workload:
 class Target:
     """One line of the table: a measure of `over` divided by that of `under`, and what it has to be.
 
-    seconds: total time of the timed steps. memory: peak resident set above the import baseline. mfu: the share of
+    seconds: total time of the timed steps. memory: peak resident set above the import baseline; on CUDA the most that
+    its tensors took on the device. mfu: the share of
     the machine's peak that `over` reaches, no division.
     """
 

@@ -69,6 +69,7 @@ def train(cfg: DictConfig, run_dir: Path, resume: Path | None, sweep: bool) -> i
     data = build_data(cfg, source)
     strategy = resolve(cfg, source, data, sweep)
     check_resume(cfg, data, resume)
+    source.folder()  # makes random weights while nothing shards or places what is made
     facts_of_run = {"data": fingerprint(data), "step_pairs": step_pairs(cfg), "passes": passes(cfg)}
     saver = Saver(plain(cfg), facts_of_run, cfg.checkpoint.keep_last)
     interrupt, log = Interrupt(slurm.end_of_job, lambda: saver.seconds), MetricLog()

@@ -43,7 +43,7 @@ class Trace(pl.Callback):
         weights = hashlib.sha256()
         for p in pl_module.parameters():
             if p.requires_grad:
-                weights.update(getattr(p, "ds_tensor", p).detach().flatten().view(torch.uint8).numpy().tobytes())
+                weights.update(getattr(p, "ds_tensor", p).detach().flatten().view(torch.uint8).cpu().numpy().tobytes())
         line = {
             "step": self.step, "epoch": trainer.current_epoch, "ids": self.ids, **exact, "weights": weights.hexdigest(),
             "random": hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest(),
@@ -85,7 +85,7 @@ def environment(cache: Path, **more: str) -> dict[str, str]:
     inherited = {key: value for key, value in os.environ.items() if key not in ("DPO_LIGHTNING_RUN_DIR", "LOCAL_RANK")}
     return {
         **inherited, "DPO_LIGHTNING_CACHE": str(cache), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
-        "WANDB_MODE": "offline", "PYTHONPATH": str(ROOT), **more,
+        "WANDB_MODE": "offline", "PYTHONPATH": os.environ.get("PYTHONPATH", str(ROOT)), **more,
     }  # fmt: skip
 
 

@@ -1,8 +1,8 @@
-"""Attention within segments of a packed row: which keys each query sees, and three ways to compute it.
+"""Attention within segments of a packed row: which keys each query sees, and the ways to compute it.
 
-On CUDA one variable-length call of flash-attn where it is installed, else PyTorch's fused attention segment by
-segment. On the CPU batched matrix products, block by block: at the lengths of preference pairs the fused CPU kernel
-takes twice as long (docs/performance.md).
+On CUDA in 16 bits one variable-length call, flash-attn's where it is installed, else PyTorch's own; in float32
+PyTorch's fused attention segment by segment. On the CPU batched matrix products, block by block: at the lengths of
+preference pairs the fused CPU kernel takes twice as long (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -10,15 +10,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from inspect import signature
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 from transformers.modeling_utils import AttentionInterface
 
 NAME = "dpo_shared_prefix"
+GROUPED = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}  # before torch 2.13 always
 BLOCK = 256  # queries of a segment at a time: bounds the scores kept, and skips keys that lie ahead
 
 
@@ -65,13 +68,10 @@ class Segments:
         return max(b - a for a, b in pairwise(self.ends_k))
 
     @cached_property
-    def varlen(self) -> dict[str, Any]:
-        """Return the arguments of one variable-length flash-attention call."""
-        ends = [torch.tensor(e, dtype=torch.int32, device=self.keys_K.device) for e in (self.ends_q, self.ends_k)]
-        longest = [max(b - a for a, b in pairwise(e)) for e in (self.ends_q, self.ends_k)]
-        return {
-            "cu_seqlens_q": ends[0], "cu_seqlens_k": ends[1], "max_seqlen_q": longest[0], "max_seqlen_k": longest[1],
-        }  # fmt: skip
+    def varlen(self) -> tuple[Tensor, Tensor, int, int]:
+        """Return what a variable-length call wants: ends of queries and of keys, the most of each in a segment."""
+        q, k = (torch.tensor(ends, dtype=torch.int32, device=self.keys_K.device) for ends in (self.ends_q, self.ends_k))
+        return q, k, max(b - a for a, b in pairwise(self.ends_q)), self.longest
 
 
 class ScoreRule(NamedTuple):
@@ -201,23 +201,40 @@ def attend(
 def _attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, rule: ScoreRule) -> Tensor:
     """Go the way that `way` says; q (T, heads, d), k and v (T, kv heads, d) -> (T, heads, d)."""
     chosen = way(q.device.type, q.dtype)
-    if chosen == "blocks" or (chosen == "fused" and rule.cap is not None):
+    if chosen == "blocks" or (chosen != "flash-attn" and rule.cap is not None):
         return BlockAttention.apply(q, k, v, segments, rule)
     k, v = (x.index_select(0, segments.keys_K) for x in (k, v))
-    if chosen == "fused":
-        return fused(q, k, v, segments, rule)
-    window = (-1, -1) if rule.window is None else (rule.window - 1, 0)
-    return _flash_attention()(
-        q, k, v, **segments.varlen, softmax_scale=rule.scale, causal=True, window_size=window,
-        softcap=rule.cap or 0.0,
-    )  # fmt: skip
+    return WAYS[chosen](q, k, v, segments, rule)
 
 
 def way(device: str, dtype: torch.dtype) -> str:
-    """Return how attention is computed on a kind of device: flash, fused or blocks."""
+    """Return how attention is computed on a kind of device; where scores are capped, flash-attn or blocks do it."""
     if device == "cpu":
         return "blocks"
-    return "flash" if dtype in (torch.bfloat16, torch.float16) and _flash_attention() is not None else "fused"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return "fused"
+    return "varlen" if _flash_attn() is None else "flash-attn"
+
+
+def varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments, rule: ScoreRule) -> Tensor:
+    """Attend with PyTorch's variable-length kernel, the keys gathered: k and v (K, kv heads, d)."""
+    window = -1 if rule.window is None else rule.window - 1
+    return varlen_attn(q, k, v, *segments.varlen, scale=rule.scale, window_size=(window, 0), **GROUPED)  # type: ignore[return-value]
+
+
+def flash_attn(q: Tensor, k: Tensor, v: Tensor, segments: Segments, rule: ScoreRule) -> Tensor:
+    """Attend with flash-attn's variable-length kernel, which caps scores too; shapes as for `varlen`."""
+    window = -1 if rule.window is None else rule.window - 1
+    return _flash_attn()(
+        q,
+        k,
+        v,
+        *segments.varlen,
+        softmax_scale=rule.scale,
+        causal=True,
+        window_size=(window, 0),
+        softcap=rule.cap or 0.0,
+    )
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor, segments: Segments, rule: ScoreRule) -> Tensor:
@@ -238,7 +255,7 @@ def fused(q: Tensor, k: Tensor, v: Tensor, segments: Segments, rule: ScoreRule) 
 
 
 @cache
-def _flash_attention() -> Any:
+def _flash_attn() -> Any:
     """Return flash-attn's variable-length function where it is installed, else None."""
     try:
         from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
@@ -246,6 +263,8 @@ def _flash_attention() -> Any:
         return None
     return flash_attn_varlen_func
 
+
+WAYS = {"fused": fused, "varlen": varlen, "flash-attn": flash_attn}
 
 # No mask function is registered under this name, so transformers builds no mask; it would read the restarting
 # positions as packed documents and hide the prompt from the rejected branch.

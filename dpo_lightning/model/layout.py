@@ -23,6 +23,11 @@ def choose_layout(model: Any, layout: str) -> str:
 
     Raises UserError if the model's head does something unknown, or if layout=shared does not agree with padded.
     """
+    with torch.device("cpu"):  # Lightning builds models with their device as the default; lengths lie on the host
+        return _chosen(model, layout)
+
+
+def _chosen(model: Any, layout: str) -> str:
     batch = probe(base_of(model).config.get_text_config().vocab_size, model.device)
     rounded = model.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(model.device.type)
     tolerance = ROUNDED if rounded else EXACT

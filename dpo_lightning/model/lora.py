@@ -30,7 +30,8 @@ def add_lora(
     )
     config._register_custom_module({torch.nn.Linear: LoraLinear})
     try:
-        return get_peft_model(model, config).train()
+        with torch.device("cpu"):  # the same initial values whatever the device; PEFT moves them to the model's
+            return get_peft_model(model, config).train()
     except ValueError as error:
         raise UserError(f"lora.target_modules={target_modules}: {str(error).splitlines()[0]}") from None
 

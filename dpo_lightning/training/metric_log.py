@@ -84,6 +84,8 @@ class MetricLog(pl.Callback):
         }
         if pl_module.skipped_steps is not None:
             metrics["train/skipped_steps"] = pl_module.skipped_steps
+        if pl_module.device.type == "cuda":
+            metrics["perf/device_memory_gb"] = torch.cuda.max_memory_allocated(pl_module.device) / 1e9
         if self._needed is not None:
             metrics["perf/mfu"] = flops / seconds / (self._peak * trainer.world_size)
         self._restart(now)

@@ -154,7 +154,7 @@ def test_a_childs_failure_is_told_with_its_last_words(tmp_path: Path):
 def test_machine_names_no_host_and_no_path(tmp_path: Path):
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text("processor : 0\nmodel name : Fast One\nprocessor : 1\nmodel name : Fast One\n")
-    told = machine.describe(cpuinfo)
+    told = machine.describe(cpuinfo=cpuinfo)
     assert told["processor"] == "Fast One"
     assert {*told} == {"processor", "cores", "threads", "memory_gb"}
     assert "/" not in json.dumps([told, machine.versions()])

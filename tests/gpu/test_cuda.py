@@ -1,13 +1,17 @@
-"""The checks of the CPU tests on CUDA devices: `make gpu`. Skipped where there is none; never run so far."""
+"""The checks of the CPU tests on CUDA devices: `make gpu`. Skipped where there is none."""
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from dpo_lightning.model.attention import BlockAttention, ScoreRule, fused, varlen
 from dpo_lightning.model.layout import choose_layout
+from dpo_lightning.model.shared_prefix import plan
 from dpo_lightning.model.source import ModelSource
 from tests.ranks import run_ranks, trace, traced
 
@@ -91,7 +95,38 @@ def test_the_shared_prefix_agrees_with_padded_pairs(tmp_path, architecture, dtyp
         "intermediate_size": 96,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
+        "num_key_value_heads": 2,
         "head_dim": 16,
     }
     source = ModelSource("tiny", tmp_path, init="random", architecture=architecture, dimensions=sizes)
     assert choose_layout(source.load(dtype).to("cuda"), "auto") == "shared"
+
+
+RULES = [ScoreRule(0.3, None, None), ScoreRule(0.3, 6, None), ScoreRule(0.3, None, 2.0)]
+CASES = [(varlen, torch.bfloat16), (varlen, torch.float16), (fused, torch.float32), (None, torch.float32)]
+
+
+@pytest.mark.parametrize("heads", [(4, 4, 64), (8, 1, 256), (9, 3, 64)])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("kernel", "dtype"), CASES)
+def test_attention_agrees_with_blocks_on_the_cpu(kernel, dtype, rule, heads):
+    """Forward and backward; None is the blocks on the device, which compute capped scores there."""
+    if kernel is not None and rule.cap is not None:
+        pytest.skip("capped scores go through blocks")
+    torch.manual_seed(0)
+    row = plan(torch.tensor([[11, 5, 9], [300, 12, 3], [4, 1, 1]]), 3, torch.device("cuda"))
+    query, kv, d = heads
+    made = [torch.randn(len(row.tokens_T), n, d) for n in (query, kv, kv, query)]
+
+    def run(device: str, dtype: torch.dtype, function: Any) -> list[torch.Tensor]:
+        keys = row.segments.keys_K.to(device)
+        *qkv, g = (x.to(device, dtype).requires_grad_() for x in made)
+        if function is None:
+            segments = replace(row.segments, keys_K=keys, masks={})
+            out = BlockAttention.apply(*qkv, segments, rule)
+        else:
+            out = function(qkv[0], qkv[1][keys], qkv[2][keys], row.segments, rule)
+        return [x.detach().double().cpu() for x in (out, *torch.autograd.grad(out, qkv, g))]
+
+    for found, true in zip(run("cuda", dtype, kernel), run("cpu", torch.float64, None), strict=True):
+        assert (found - true).norm() < {torch.float32: 1e-5, torch.float16: 4e-3}.get(dtype, 2e-2) * true.norm()

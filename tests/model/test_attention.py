@@ -60,28 +60,31 @@ def test_the_fused_way_of_cuda_equals_the_definition(window, cap):
     torch.testing.assert_close(out, by_definition(row, q, k, v, rule), atol=2e-6, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["varlen", "flash-attn"])
 @pytest.mark.parametrize("window", [None, 6, 100])
-def test_the_variable_length_call_of_flash_attention_gets_the_same_segments(window, monkeypatch):
-    """flash-attn's contract (causal, ends aligned) in its own argument names; no GPU here runs the real one."""
+def test_a_variable_length_call_gets_the_same_segments(window, name, monkeypatch):
+    """The contract of both kernels (causal, ends aligned), each in its own argument names; tests/gpu has PyTorch's."""
     row, (q, k, v), _ = inputs(3)
 
-    def flash(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size,
-              softcap):  # fmt: skip
-        assert causal and softcap == 0 and max_seqlen_q == 15 and max_seqlen_k == 20
+    def call(q, k, v, ends_q, ends_k, longest_q, longest_k, *, window_size, **more):
+        assert (longest_q, longest_k, window_size[1]) == (15, 20, 0)
+        own = {"scale": 8**-0.5, "enable_gqa": True}
+        assert more == (own if name == "varlen" else {"softmax_scale": 8**-0.5, "causal": True, "softcap": 0.0})
         out = []
-        for i in range(len(cu_seqlens_q) - 1):
-            qs, ks = slice(*cu_seqlens_q[i : i + 2].tolist()), slice(*cu_seqlens_k[i : i + 2].tolist())
+        for i in range(len(ends_q) - 1):
+            qs, ks = slice(*ends_q[i : i + 2].tolist()), slice(*ends_k[i : i + 2].tolist())
             ahead = (ks.stop - ks.start) - (qs.stop - qs.start)
             for j in range(qs.stop - qs.start):
                 first = ks.start + (max(0, ahead + j - window_size[0]) if window_size[0] >= 0 else 0)
                 keys = slice(first, ks.start + ahead + j + 1)
                 kk, vv = (x[keys].repeat_interleave(2, 1) for x in (k, v))
-                weights = (torch.einsum("hd,khd->hk", q[qs.start + j], kk) * softmax_scale).softmax(-1)
+                weights = (torch.einsum("hd,khd->hk", q[qs.start + j], kk) * 8**-0.5).softmax(-1)
                 out.append(torch.einsum("hk,khd->hd", weights, vv))
         return torch.stack(out)
 
-    monkeypatch.setattr(attention, "way", lambda device, dtype: "flash")
-    monkeypatch.setattr(attention, "_flash_attention", lambda: flash)
+    monkeypatch.setattr(attention, "way", lambda device, dtype: name)
+    monkeypatch.setattr(attention, "varlen_attn", call)
+    monkeypatch.setattr(attention, "_flash_attn", lambda: call)
     shaped = [x.transpose(0, 1)[None] for x in (q, k, v)]
     out, _ = attend(None, shaped[0], shaped[1], shaped[2], None, segments=row.segments, sliding_window=window)
     torch.testing.assert_close(out[0], by_definition(row, q, k, v, ScoreRule(8**-0.5, window, None)), atol=2e-6, rtol=0)
@@ -89,10 +92,10 @@ def test_the_variable_length_call_of_flash_attention_gets_the_same_segments(wind
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 def test_which_way_is_gone(kind, monkeypatch):
-    monkeypatch.setattr(attention, "_flash_attention", lambda: None)
-    assert way(kind, torch.bfloat16) == ("blocks" if kind == "cpu" else "fused")
-    monkeypatch.setattr(attention, "_flash_attention", lambda: print)
-    assert way(kind, torch.bfloat16) == ("blocks" if kind == "cpu" else "flash")
+    monkeypatch.setattr(attention, "_flash_attn", lambda: None)
+    assert way(kind, torch.bfloat16) == ("blocks" if kind == "cpu" else "varlen")
+    monkeypatch.setattr(attention, "_flash_attn", lambda: print)
+    assert way(kind, torch.bfloat16) == ("blocks" if kind == "cpu" else "flash-attn")
     assert way(kind, torch.float32) == ("blocks" if kind == "cpu" else "fused")
 
 

@@ -130,3 +130,10 @@ def test_an_unknown_head_is_refused():
     model.forward = forward
     with pytest.raises(UserError, match="head does something that is not supported"):
         choose_layout(model, "auto")
+
+
+def test_the_default_device_that_a_model_is_built_under_does_not_matter():
+    """Lightning makes the model's device the default one there; meta stands in for a device that computes nothing."""
+    model = model_of("llama", {})
+    with torch.device("meta"):
+        assert choose_layout(model, "shared") == "shared"

@@ -80,3 +80,11 @@ def test_gradients_are_exact():
     x, a, b = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((5, 4), (2, 4), (3, 2)))
     weight, bias = torch.randn(3, 4, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda x, a, b: AddedProduct.apply(x, weight, bias, a, b, 1.5), (x, a, b))
+
+
+def test_initial_values_are_the_same_under_any_default_device(model):
+    torch.manual_seed(0)
+    base = model_of("llama", {})
+    with torch.device("meta"):
+        policy = add_lora(base, r=4, lora_alpha=12, lora_dropout=0.0, target_modules="all-linear")
+    assert torch.equal(layer_of(policy).lora_A["default"].weight, layer_of(model).lora_A["default"].weight)
