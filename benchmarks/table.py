@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean, median
 
 from benchmarks.arms import program_of
@@ -125,12 +125,18 @@ def _heading(record: Record) -> Iterator[str]:
 def _targets(record: Record) -> Iterator[str]:
     yield "| | median | spread | must | aim | |"
     yield "|---|---|---|---|---|---|"
-    for target in TARGETS[record.workload.name]:
+    for target in targets_of(record.workload):
         found = measured(target, record)
         show = _percent if target.measure == "mfu" else _times
         cells = [show(found.median), f"{show(found.least)} to {show(found.most)}"] if found else ["", ""]
         limits = ["" if limit is None else show(limit) for limit in (target.must, target.aim)]
         yield f"| {' | '.join([target.label, *cells, *limits, verdict(target, found)])} |"
+
+
+def targets_of(workload: Workload) -> list[Target]:
+    """Return the table's lines: those of arms that take part, and on CUDA without the limits, which are a CPU's."""
+    lines = [t for t in TARGETS[workload.name] if {t.over, t.under or t.over} <= {*workload.arms}]
+    return lines if workload.device == "cpu" else [replace(t, must=None, aim=None) for t in lines]
 
 
 def _times(value: float) -> str:

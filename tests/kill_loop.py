@@ -11,10 +11,10 @@ import random
 import signal
 import sys
 import time
-import traceback
 from pathlib import Path
 
-from tests.ranks import TINY, free_port, main, traced
+from tests.nursery import fork
+from tests.ranks import TINY, environments, main, traced
 
 WORDS = [
     *TINY, "trainer.devices=2", "strategy=zero2", "data.batch_size=2", "trainer.accumulate_grad_batches=2",
@@ -31,30 +31,11 @@ class Life:
     """Two ranks, forked; `codes` of those that have ended."""
 
     def __init__(self, words: list[str], log: Path, fault: str | None = None):
-        port = str(free_port())
         self.codes: dict[int, int] = {}
-        self.ids = [self._fork(words, log, fault, port, rank) for rank in (0, 1)]
-
-    def _fork(self, words: list[str], log: Path, fault: str | None, port: str, rank: int) -> int:
-        if child := os.fork():
-            return child
-        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(out, 1)
-        os.dup2(out, 2)
-        os.environ |= {
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "NODE_RANK": "0",
-            "LOCAL_RANK": str(rank),
-        }  # fmt: skip
+        env = dict(os.environ)
         if fault:
-            os.environ |= {"DPO_LIGHTNING_FAULT": fault, "DPO_LIGHTNING_ALLOW_FAULTS": "1"}
-        code = 1
-        try:
-            (code,) = main([words])
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            os._exit(code)
+            env |= {"DPO_LIGHTNING_FAULT": fault, "DPO_LIGHTNING_ALLOW_FAULTS": "1"}
+        self.ids = [fork(lambda: main([words])[0], own, log) for own in environments(env, 2)]
 
     def poll(self) -> bool:
         """Return whether one has ended."""

@@ -14,6 +14,8 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from tests.nursery import nursery
+
 ROOT = Path(__file__).resolve().parent.parent
 # The smallest run: seconds, and the same bits each time.
 TINY = [
@@ -89,16 +91,23 @@ def environment(cache: Path, **more: str) -> dict[str, str]:
     }  # fmt: skip
 
 
-def start(command: Sequence[str], world: int, env: Mapping[str, str], nodes: int = 1) -> list[subprocess.Popen[str]]:
-    """Start a process for each rank, as launchers on `nodes` nodes would."""
+def environments(env: Mapping[str, str], world: int, nodes: int = 1) -> list[dict[str, str]]:
+    """Return each rank's environment, as launchers on `nodes` nodes would set it."""
     shared = {**env, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
     return [
-        subprocess.Popen(
-            command, text=True, cwd=ROOT,
-            env={**shared, "NODE_RANK": str(rank * nodes // world), "LOCAL_RANK": str(rank % (world // nodes))},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-        )
+        {**shared, "NODE_RANK": str(rank * nodes // world), "LOCAL_RANK": str(rank % (world // nodes))}
         for rank in range(world)
+    ]
+
+
+def start(command: Sequence[str], world: int, env: Mapping[str, str], nodes: int = 1) -> list[subprocess.Popen[str]]:
+    """Start a process for each rank, as launchers on `nodes` nodes would."""
+    return [
+        subprocess.Popen(
+            command, text=True, cwd=ROOT, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        for own in environments(env, world, nodes)
     ]  # fmt: skip
 
 
@@ -118,9 +127,14 @@ def run_ranks(
     """Run command lines one after the other, each on all ranks; return what each rank printed.
 
     {rank} in a word becomes the rank's number; a word env:NAME=VALUE is set in the environment of its run alone.
-    Any exit code but `code`, of all runs or of each, fails the test, with the output.
+    Any exit code but `code`, of all runs or of each, fails the test, with the output. The ranks are forked; on GPUs,
+    which do not outlive a fork, they are started.
     """
-    done = finished(start([sys.executable, __file__, json.dumps(runs)], world, environment(cache, **more)))
+    env = environment(cache, **more)
+    if env["DS_ACCELERATOR"] == "cpu":
+        done = nursery().run(runs, environments(env, world))
+    else:
+        done = finished(start([sys.executable, __file__, json.dumps(runs)], world, env))
     for ended, output in done:
         assert ended == 0, output
         expected = [code] * len(runs) if isinstance(code, int) else list(code)
@@ -163,6 +177,12 @@ def main(runs: list[list[str]]) -> list[int]:
     return codes
 
 
+def tell(runs: list[list[str]]) -> int:
+    """Be one rank, whose last line tells the exit codes of its runs."""
+    print("\n" + json.dumps(main(runs)), flush=True)
+    return 0
+
+
 if __name__ == "__main__":
-    print("\n" + json.dumps(main(json.loads(sys.argv[1]))), flush=True)
+    tell(json.loads(sys.argv[1]))
     os._exit(0)  # gloo's threads may outlive the interpreter and abort it

@@ -88,6 +88,18 @@ def test_steady_compares_costs_of_a_token():
     assert table.steady(runs.runs[0], runs) == pytest.approx((12 / 200) / (6 / 60))
 
 
+def test_on_cuda_the_devices_memory_counts_and_a_cpus_limits_do_not():
+    on_gpu = replace(WORKLOAD, device="cuda", arms=(SHIPPED, TUNED, CACHED))
+    runs = [replace(run(arm, 1, [1, 1, 1]), peak_device=peak * MB) for arm, peak in ((TUNED, 800), (CACHED, 200))]
+    told = record(*runs, workload=on_gpu)
+    told.machine["accelerator"] = "G"
+    text = table.write(told)
+    memory = "memory at full speed, of tuned"
+    assert cells(text, memory) == [memory, "0.25x", "0.25x to 0.25x", "", "", ""]
+    assert cells(text, CACHED)[2] == "0.20 (0.20 to 0.20)"
+    assert "One G;" in text and LIVE not in text
+
+
 def test_report_has_ratios_and_arms():
     text = table.write(record(run(SHIPPED, 1, [9, 30, 10], 1100 * MB), run(LIVE, 1, [4, 4, 4], 700 * MB)))
     speed = "speed against shipped, both paying for the reference"

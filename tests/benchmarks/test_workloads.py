@@ -9,6 +9,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from benchmarks import arms, machine
+from benchmarks.__main__ import chosen, parser
 from benchmarks.pairs import token_digest, write_pairs
 from benchmarks.runs import ROOT, BenchmarkError, run_child
 from benchmarks.workloads import ARMS, CACHED, CHECKPOINTED, COMPACT, LIVE, SHIPPED, TUNED, WORKLOADS
@@ -91,6 +92,19 @@ def test_our_words_compose_to_what_the_workload_says(name: str, arm: str, data: 
     assert cfg.model.gradient_checkpointing == (arm == CHECKPOINTED)
     assert cfg.trainer.precision == "bf16-mixed"
     assert "trainer.precision=32-true" in arms.our_words(workload, arm, data, tmp_path, float32=True)
+
+
+def test_on_cuda_both_programs_are_given_one_gpu_and_the_model_that_was_asked_for(data: Path, tmp_path: Path):
+    words = ["hh-lora", "--device", "cuda", "--model", "model=gemma2b model.init=random"]
+    (workload,) = chosen(parser().parse_args(words))
+    assert COMPACT not in workload.arms  # it is on there by itself
+    ours = arms.our_words(workload, LIVE, data, tmp_path / "run")
+    assert {"model=gemma2b", "model.init=random", "trainer.accelerator=gpu", "trainer.devices=1"} <= {*ours}
+    assert arms.trl_config(workload, SHIPPED, tmp_path)["use_cpu"] is False
+    assert arms.environment(LIVE, tmp_path, {}, workload.device)["CUDA_VISIBLE_DEVICES"] == "0"
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"train/loss": 0.5, "perf/device_memory_gb": 1.5}))
+    (tmp_path / "trl.json").write_text(json.dumps({"peak_device": 7}))
+    assert (arms.read_memory(LIVE, tmp_path), arms.read_memory(SHIPPED, tmp_path)) == (1_500_000_000, 7)
 
 
 def test_trl_arms_differ_from_what_is_shipped_in_what_they_say():

@@ -231,11 +231,12 @@ def test_a_run_that_had_ended_exports_the_same_once_more(whole, tmp_path, cache,
     }
 
 
-def test_a_sharded_16_bit_run_answers_prompts_at_its_end(tmp_path, cache):
+def test_a_sharded_16_bit_run_answers_prompts_at_its_end(tmp_path):
+    """With an empty cache: the random weights that it starts from must not be made in shards."""
     words = [word for word in LONG if not word.startswith("samples.count")]
     more = ["samples.count=1", "samples.max_new_tokens=4", "trainer.max_steps=1", f"run_dir={tmp_path / 'run'}"]
     kept = [word for word in words if not word.startswith("trainer.precision")]
-    run_ranks([[*kept, *more, "trainer.precision=bf16-mixed", "lora=none", "strategy=zero3"]], cache)
+    run_ranks([[*kept, *more, "trainer.precision=bf16-mixed", "lora=none", "strategy=zero3"]], tmp_path / "cache")
     (answer,) = json.loads((tmp_path / "run" / "samples.json").read_text())
     assert {*answer} == {"prompt", "reference", "policy"}
 
