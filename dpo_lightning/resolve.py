@@ -49,6 +49,11 @@ def resolve(cfg: DictConfig, source: ModelSource, data: PreferenceData, sweep: b
     cfg.strategy.name, reason = choose_strategy(cfg.strategy.name, devices, memory, needed)
     if cfg.strategy.name == "single" and devices > 1:
         raise UserError(f"strategy=single: there are {devices} devices; choose another, or trainer.devices=1")
+    if cfg.reference.offload and cfg.strategy.name.startswith("zero3"):
+        raise UserError(
+            f"reference.offload: not with strategy={cfg.strategy.name}, which shards the reference; leave it out, "
+            "or use strategy=zero3_offload, which keeps all weights in the host's memory"
+        )
     if cfg.skip_spikes is not None and (cfg.strategy.name.startswith("zero") or trainer.precision == "16-mixed"):
         given = f"strategy={cfg.strategy.name} and trainer.precision={trainer.precision}"
         raise UserError(f"skip_spikes: not with {given}; use strategy=ddp and bf16-mixed, or leave it out")

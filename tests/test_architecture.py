@@ -21,7 +21,8 @@ MAY_USE = {
     "__init__": set(),
     "types": set(),
     "keys": set(),
-    "config": {"types", "keys"},
+    "contradictions": set(),
+    "config": {"types", "keys", "contradictions"},
     "cli": {"types", "keys", "config", "cluster"},
     "data": {"types"},
     "objective": {"types"},
@@ -47,7 +48,7 @@ MAY_USE = {
     },
     "__main__": {"types", "keys", "config", "cli", "data", "cluster", "checkpoints", "outputs", "train"},
 }
-VERBS = r"(train|resolve|config|__main__|cli/\w+)\.py"
+VERBS = r"(train|resolve|config|contradictions|__main__|cli/\w+)\.py"
 # package of others: the files that may import it
 ONLY_IN = {
     "hydra": VERBS,
@@ -56,7 +57,7 @@ ONLY_IN = {
     "wandb": r"training/wandb_run\.py",
     "lightning": r"data/datamodule\.py|(cluster|checkpoints|training)/.*|train\.py",
 }
-NEVER_AT_THE_TOP = {"deepspeed": r".*", "torch": r"(__init__|config|keys|types|__main__|cli/\w+)\.py"}
+NEVER_AT_THE_TOP = {"deepspeed": r".*", "torch": r"(__init__|config|contradictions|keys|types|__main__|cli/\w+)\.py"}
 
 
 class Import(NamedTuple):

@@ -110,6 +110,10 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "run folder taken": (["run_dir=TMP/old"], ["run_dir=TMP/old: holds a run", "choose another folder"]),
     "run folder is a file": (["run_dir=TMP/victim/x"], ["run_dir=TMP/victim/x", "choose another"]),
     "no adapter to turn off": (["lora=none", "reference=adapter_off"], ["reference=adapter_off", "lora=r16"]),
+    "nothing to offload": (
+        ["reference.offload=true"],
+        ["reference.offload=true: not with reference=auto", "frozen_copy"],
+    ),
     "no adapter to merge": (["lora=none", "export.merge=true"], ["export.merge=true", "leave it out"]),
     "no end": (["trainer.max_epochs=-1"], ["trainer.max_epochs=-1", "set one"]),
     "no architecture": (["model.architecture=null"], ["model.architecture=", "for instance llama"]),
@@ -311,6 +315,7 @@ BAD: dict[str, list[object]] = {
     "lora.lora_dropout": [1, -0.1],
     "lora.target_modules": [None, [], [5]],
     "reference.mode": ["off", None],
+    "reference.offload": ["cpu", None],
     "loss.beta": [0, -0.1, "0.1", float("nan"), float("inf"), True],
     "loss.label_smoothing": [0.5, -0.1],
     "optim.lr": [0, "fast", None],

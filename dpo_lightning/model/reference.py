@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 
 from dpo_lightning.model.layout import set_layout
 from dpo_lightning.model.logps import pair_logps
@@ -40,7 +41,7 @@ class FrozenCopy(nn.Module):
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.model = model.requires_grad_(False).eval()
+        self.model: Any = model.requires_grad_(False).eval()
 
     def set_layout(self, layout: str) -> None:
         """Score the frozen model in the policy's layout, so that both round alike."""
@@ -53,11 +54,59 @@ class FrozenCopy(nn.Module):
 
     def generator(self, policy: Any) -> tuple[Any, Any]:
         """Return the model that generates the reference's answers, and the context it does so in."""
-        return self.model, torch.no_grad()
+        return self.model, nullcontext()
 
     def train(self, mode: bool = True) -> FrozenCopy:
         """Stay in eval mode, whatever the module around it does."""
         return super().train(False)
+
+
+class Offloaded(FrozenCopy):
+    """A frozen copy whose weights stay in the host's memory, and visit the device while they score.
+
+    They do so before the policy's activations are there: the device holds both models' weights, or the policy's and
+    its activations, never all three. Each forward pass costs their transfer.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__(nn.Module())
+        object.__setattr__(self, "model", model.requires_grad_(False).eval())  # no submodule: nothing else moves it
+        self.model.cpu()
+        self._apply(lambda tensor: tensor)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Offloaded:
+        """Take a dtype with the policy, as DeepSpeed gives it, but not a device."""
+        self.model._apply(lambda tensor: _pinned(tensor.to(fn(tensor.new_empty(0)).dtype)), recurse)
+        return self
+
+    @torch.no_grad()
+    def pair_logps(self, policy: Any, batch: Batch) -> PairLogps:
+        """Return the batch's log-probabilities under the frozen model, on the batch's device."""
+        with visiting(self.model, batch.ids_T.device):
+            return super().pair_logps(policy, batch)
+
+    def generator(self, policy: Any) -> tuple[Any, Any]:
+        """Return the model that generates the reference's answers, and the context it does so in."""
+        return self.model, visiting(self.model, policy.device)
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    """Return a tensor where a GPU copies it from at full speed."""
+    return tensor.pin_memory() if torch.cuda.is_available() else tensor
+
+
+@contextmanager
+def visiting(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Have a frozen model's tensors on a device for as long as the context lasts."""
+    tensors = [*model.parameters(), *model.buffers()]
+    home = [tensor.data for tensor in tensors]
+    try:
+        for tensor in tensors:
+            tensor.data = tensor.data.to(device, non_blocking=True)
+        yield
+    finally:
+        for tensor, data in zip(tensors, home, strict=True):
+            tensor.data = data
 
 
 class Itself:
@@ -110,9 +159,12 @@ class Cached:
 
 
 def build_reference(
-    policy: nn.Module, load: Callable[[], nn.Module], *, mode: str
+    policy: nn.Module, load: Callable[[], nn.Module], *, mode: str, offload: bool = False
 ) -> AdapterOff | FrozenCopy | Cached:  # fmt: skip
-    """Return the reference of `policy`; `load` gives a second model. auto: adapter_off where there is an adapter."""
+    """Return the reference of `policy`; `load` gives a second model. auto: adapter_off where there is an adapter.
+
+    offload: keep a frozen copy in the host's memory.
+    """
     if mode == "cached":
         return Cached(None if isinstance(policy, PeftModel) else load)
     has_adapter = isinstance(policy, PeftModel)
@@ -120,4 +172,7 @@ def build_reference(
         raise UserError("reference=adapter_off needs an adapter: use lora=r16 or reference=frozen_copy")
     if mode == "adapter_off" or (mode == "auto" and has_adapter):
         return AdapterOff()
+    if offload:
+        with torch.device("cpu"):
+            return Offloaded(load())
     return FrozenCopy(load())

@@ -102,6 +102,14 @@ def test_the_shared_prefix_agrees_with_padded_pairs(tmp_path, architecture, dtyp
     assert choose_layout(source.load(dtype).to("cuda"), "auto") == "shared"
 
 
+@pytest.mark.parametrize("strategy", ["single", "zero2"])
+def test_an_offloaded_reference_gives_the_same_losses(tmp_path, cache, strategy):
+    for offload in ("false", "true"):
+        run = [*words(strategy, "none", "bf16-mixed"), "reference=frozen_copy", f"reference.offload={offload}"]
+        on_gpus([*run, "trainer.max_steps=3", f"run_dir={tmp_path / offload}"], cache, strategy)
+    assert losses(tmp_path / "true") == losses(tmp_path / "false")
+
+
 RULES = [ScoreRule(0.3, None, None), ScoreRule(0.3, 6, None), ScoreRule(0.3, None, 2.0)]
 CASES = [(varlen, torch.bfloat16), (varlen, torch.float16), (fused, torch.float32), (None, torch.float32)]
 

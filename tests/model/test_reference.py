@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from torch import nn
 
 from dpo_lightning.model.layout import probe
 from dpo_lightning.model.logps import pair_logps
 from dpo_lightning.model.lora import add_lora, no_lora
-from dpo_lightning.model.reference import AdapterOff, FrozenCopy, build_reference
+from dpo_lightning.model.reference import AdapterOff, FrozenCopy, Offloaded, build_reference, visiting
 from dpo_lightning.model.source import ModelSource
 from dpo_lightning.types import UserError
 
@@ -51,6 +52,23 @@ def test_a_frozen_copy_neither_trains_nor_drops_out(load):
     copy.train()
     assert not copy.model.training
     assert not any(p.requires_grad for p in copy.parameters())
+
+
+def test_an_offloaded_copy_follows_no_device_but_a_dtype_and_visits_the_batchs(load):
+    policy, twin = no_lora(load()), FrozenCopy(load())
+    reference = build_reference(policy, load, mode="frozen_copy", offload=True)
+    assert isinstance(reference, Offloaded) and [*reference.parameters()] == []
+    away = nn.ModuleList([reference]).to("meta")  # what a strategy does to the module that holds it
+    assert {p.device.type for p in reference.model.parameters()} == {"cpu"}
+    for ours, theirs in zip(reference.pair_logps(policy, BATCH), twin.pair_logps(policy, BATCH), strict=True):
+        assert torch.equal(ours, theirs)
+    home = [p.data_ptr() for p in reference.model.parameters()]
+    with pytest.raises(ZeroDivisionError), visiting(reference.model, torch.device("cpu")):
+        raise ZeroDivisionError
+    assert [p.data_ptr() for p in reference.model.parameters()] == home
+    away.bfloat16().train()
+    assert {p.dtype for p in reference.model.parameters()} == {torch.bfloat16}
+    assert not reference.model.training
 
 
 def test_the_adapter_starts_at_no_change_in_float32(load):

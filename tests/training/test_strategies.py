@@ -46,6 +46,10 @@ def compared(tmp_path_factory, cache):
          f"run_dir={folder / name(strategy, lora, mode, n)}"]
         for strategy, lora, mode, n in PARITY
     ], cache)  # fmt: skip
+    offloaded = ["strategy=zero2", "lora=none", "reference=frozen_copy", "reference.offload=true"]
+    run_ranks(
+        [[*words, *offloaded, "data.batch_size=4", "trainer.devices=2", f"run_dir={folder / 'offloaded'}"]], cache
+    )
     single = [[*words, f"lora={lora}", "data.batch_size=8", f"run_dir={folder / lora}"] for lora in MODES]
     run_ranks(single, cache, world=1)
     return folder
@@ -73,6 +77,15 @@ def test_two_ranks_equal_one_process(compared, case):
     assert weights.keys() == expected.keys()
     for key, value in expected.items():
         torch.testing.assert_close(weights[key].float(), value.float(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.timeout(900)
+def test_an_offloaded_reference_changes_no_bit(compared):
+    there = compared / name("zero2", "none", "frozen_copy", 1)
+    assert rows(compared / "offloaded") == rows(there)
+    assert {k: v.tolist() for k, v in exported(compared / "offloaded").items()} == {
+        k: v.tolist() for k, v in exported(there).items()
+    }
 
 
 # 34 pairs, 8 a step: an epoch of 5 steps whose last one has 2 pairs for 4 forward passes; dropout is on.

