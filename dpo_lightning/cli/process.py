@@ -11,6 +11,7 @@ NOISE = (  # known warnings that do not concern the user, each by its message
     r".*is_gradient_checkpointing. is deprecated.*",
     r"Found .* module.s. in eval mode at the start of training.*",  # the frozen reference
     r".*your dataloader is not resumable.*",  # the data module keeps its position
+    r".*does not have many workers.*",  # the table is mapped from the disk: a batch is made in a millisecond
     r"Since DeepSpeed handles gradient clipping internally.*",  # it is told what to clip by
     r".*torch.distributed.(all_gather_into|reduce_scatter)_tensor.* is deprecated.*",  # DeepSpeed calls them
     r"The `srun` command is available on your system.*",  # no job: a login node, or a machine that has SLURM's tools

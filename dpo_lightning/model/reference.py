@@ -69,7 +69,7 @@ class Offloaded(FrozenCopy):
     """
 
     def __init__(self, model: nn.Module):
-        super().__init__(nn.Module())
+        nn.Module.__init__(self)
         object.__setattr__(self, "model", model.requires_grad_(False).eval())  # no submodule: nothing else moves it
         self.model.cpu()
         self._apply(lambda tensor: tensor)
