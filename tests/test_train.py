@@ -27,7 +27,7 @@ def quick_start(folder):
 
 def test_a_run_leaves_what_it_promises(cli, metrics, tmp_path):
     run = tmp_path / "run"
-    assert cli("model=tiny", "logger=csv", f"run_dir={run}", "trainer.max_steps=6", "samples.count=3") == 0
+    assert cli("model=tiny", "logger=csv", f"run_dir={run}", "trainer.max_steps=6", "samples.count=3", report=True) == 0
     rows = metrics(run)
     assert rows[0]["step"] == 0 and rows[0]["val/rewards/accuracies"] == 0.5
     assert rows[0]["val/loss"] == pytest.approx(math.log(2), abs=1e-6)
