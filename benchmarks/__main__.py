@@ -66,9 +66,8 @@ def chosen(options: argparse.Namespace) -> list[Workload]:
     if options.arms:
         changes["arms"] = tuple(_known(name, ARMS) for name in options.arms.split(","))
     found = [WORKLOADS[_known(name, WORKLOADS)] for name in options.workload or WORKLOADS]
-    if options.device == "cuda":  # where TRL's compact head is always on
-        found = [replace(one, arms=tuple(arm for arm in one.arms if arm != COMPACT)) for one in found]
-    return [replace(one, **changes) for one in found]
+    without = {COMPACT} if options.device == "cuda" else set()  # TRL's compact head is always on there
+    return [replace(one, **{"arms": tuple(a for a in one.arms if a not in without), **changes}) for one in found]
 
 
 def _known(name: str, names: Iterable[str]) -> str:

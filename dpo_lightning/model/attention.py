@@ -21,7 +21,8 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers.modeling_utils import AttentionInterface
 
 NAME = "dpo_shared_prefix"
-GROUPED = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}  # before torch 2.13 always
+# torch 2.11 lets heads share keys without being asked, later ones if they are.
+GROUPED = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 BLOCK = 256  # queries of a segment at a time: bounds the scores kept, and skips keys that lie ahead
 
 
@@ -225,16 +226,8 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments, rule: ScoreRule)
 def flash_attn(q: Tensor, k: Tensor, v: Tensor, segments: Segments, rule: ScoreRule) -> Tensor:
     """Attend with flash-attn's variable-length kernel, which caps scores too; shapes as for `varlen`."""
     window = -1 if rule.window is None else rule.window - 1
-    return _flash_attn()(
-        q,
-        k,
-        v,
-        *segments.varlen,
-        softmax_scale=rule.scale,
-        causal=True,
-        window_size=(window, 0),
-        softcap=rule.cap or 0.0,
-    )
+    rest = {"causal": True, "window_size": (window, 0), "softcap": rule.cap or 0.0}
+    return _flash_attn()(q, k, v, *segments.varlen, softmax_scale=rule.scale, **rest)
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor, segments: Segments, rule: ScoreRule) -> Tensor:

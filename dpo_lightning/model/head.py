@@ -26,7 +26,7 @@ def chunk_rows(vocabulary: int, device: str = "cpu") -> int:
     >>> chunk_rows(49_152), chunk_rows(256_000), chunk_rows(256_000, "cuda")
     (256, 64, 256)
     """
-    return max(64, TILE.get(device, TILE["cuda"]) // vocabulary // 64 * 64)
+    return max(64, TILE["cpu" if device == "cpu" else "cuda"] // vocabulary // 64 * 64)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -54,7 +54,7 @@ class FrozenCopy(nn.Module):
 
     def generator(self, policy: Any) -> tuple[Any, Any]:
         """Return the model that generates the reference's answers, and the context it does so in."""
-        return self.model, nullcontext()
+        return self.model, torch.no_grad()
 
     def train(self, mode: bool = True) -> FrozenCopy:
         """Stay in eval mode, whatever the module around it does."""
