@@ -12,8 +12,17 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 
+# Files of minutes, longest first: begun last, one of them would leave the other of two processes without work.
+LONG = ("test_strategies.py", "test_golden.py", "test_slurm.py", "test_kill_loop.py", "test_signals.py")
+
+os.environ["OMP_NUM_THREADS"] = "1"  # two processes share the machine's cores; read when torch is imported
 os.environ["WANDB_MODE"] = "offline"
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the long files."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
 @pytest.fixture(scope="session")

@@ -75,9 +75,14 @@ class Offloaded(FrozenCopy):
         self._apply(lambda tensor: tensor)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Offloaded:
-        """Take a dtype with the policy, as DeepSpeed gives it, but not a device."""
+        """Take a dtype with the policy, but not a device."""
         self.model._apply(lambda tensor: _pinned(tensor.to(fn(tensor.new_empty(0)).dtype)), recurse)
         return self
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Store the parameters in `dtype`; buffers stay as they are."""
+        for p in self.model.parameters():
+            p.data = _pinned(p.data.to(dtype))
 
     @torch.no_grad()
     def pair_logps(self, policy: Any, batch: Batch) -> PairLogps:

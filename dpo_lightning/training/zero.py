@@ -13,12 +13,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 from lightning.pytorch.strategies.deepspeed import remove_module_hooks
 from torch import Tensor, nn
 from torch.utils.cpp_extension import get_default_build_root
 
+from dpo_lightning.model.reference import Offloaded
 from dpo_lightning.training.shards import Shards
 
 
@@ -74,10 +76,15 @@ class ZeroStrategy(DeepSpeedStrategy):
     def _initialize(self, model: nn.Module, config: Any, optimizer: Any, parameters: Any, lr_scheduler: Any) -> Any:
         import deepspeed
 
-        return deepspeed.initialize(
+        engine = deepspeed.initialize(
             args=argparse.Namespace(device_rank=self.local_rank), config=config, model=model, optimizer=optimizer,
             model_parameters=parameters, lr_scheduler=lr_scheduler, dist_init_required=False,
         )[0]  # fmt: skip
+        if engine.bfloat16_enabled():  # it casts the parameters it sees; an offloaded reference shows none
+            for module in model.modules():
+                if isinstance(module, Offloaded):
+                    module.cast(torch.bfloat16)
+        return engine
 
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:

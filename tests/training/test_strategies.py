@@ -18,6 +18,7 @@ from tests.ranks import TINY, rows, run_ranks, trace, traced
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
 MODES = {"r16": ("adapter_off", "frozen_copy", "cached"), "none": ("frozen_copy", "cached")}
+PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 # strategy, LoRA or full, reference, accumulation; a step always has 8 pairs
 PARITY = [
     *((strategy, lora, mode, 1) for strategy in STRATEGIES for lora, modes in MODES.items() for mode in modes),
@@ -46,10 +47,12 @@ def compared(tmp_path_factory, cache):
          f"run_dir={folder / name(strategy, lora, mode, n)}"]
         for strategy, lora, mode, n in PARITY
     ], cache)  # fmt: skip
-    offloaded = ["strategy=zero2", "lora=none", "reference=frozen_copy", "reference.offload=true"]
-    run_ranks(
-        [[*words, *offloaded, "data.batch_size=4", "trainer.devices=2", f"run_dir={folder / 'offloaded'}"]], cache
-    )
+    frozen = ["strategy=zero2", "lora=none", "reference=frozen_copy", "data.batch_size=4", "trainer.devices=2"]
+    run_ranks([
+        [*words, *frozen, f"trainer.precision={precision}", f"reference.offload={offload}",
+         f"run_dir={folder / f'{precision}-{offload}'}"]
+        for precision in PRECISIONS for offload in ("true", "false")
+    ], cache)  # fmt: skip
     single = [[*words, f"lora={lora}", "data.batch_size=8", f"run_dir={folder / lora}"] for lora in MODES]
     run_ranks(single, cache, world=1)
     return folder
@@ -80,10 +83,11 @@ def test_two_ranks_equal_one_process(compared, case):
 
 
 @pytest.mark.timeout(900)
-def test_an_offloaded_reference_changes_no_bit(compared):
-    there = compared / name("zero2", "none", "frozen_copy", 1)
-    assert rows(compared / "offloaded") == rows(there)
-    assert {k: v.tolist() for k, v in exported(compared / "offloaded").items()} == {
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_an_offloaded_reference_changes_no_bit(compared, precision):
+    offloaded, there = (compared / f"{precision}-{offload}" for offload in ("true", "false"))
+    assert rows(offloaded) == rows(there)
+    assert {k: v.tolist() for k, v in exported(offloaded).items()} == {
         k: v.tolist() for k, v in exported(there).items()
     }
 
