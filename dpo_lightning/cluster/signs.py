@@ -26,8 +26,8 @@ NOTABLE = 0.05  # seconds; less is no reason to speak of a slow rank
 class Sign(NamedTuple):
     """What a rank has last told of itself: beats count up as long as its process lives.
 
-    point, step, number and seconds say where its main thread is and for how long; busy, how many seconds it takes
-    before each backward pass.
+    point, step, number and seconds say where its main thread is and for how long; busy, how many seconds its forward
+    pass takes.
     """
 
     rank: int

@@ -29,7 +29,7 @@ class Watchdog(pl.Callback):
 
     Args:
         hang_seconds: a rank that passes no named point for so long ends the run; None: never.
-        slow_factor: a rank that takes so many times what the others take, before each backward pass, is told of, once.
+        slow_factor: a rank whose forward pass takes so many times what the others' takes is told of, once.
 
     """
 
@@ -54,8 +54,8 @@ class Watchdog(pl.Callback):
         self._ready = time.monotonic()
 
     def on_before_backward(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Measure what this rank has taken by itself: in the backward pass the ranks wait for each other."""
-        seconds = time.monotonic() - self._ready
+        """Measure what this rank has taken by itself, up to the end of its forward pass: then it waits for others."""
+        seconds = points.here().since - self._ready
         self.signs.busy = seconds if self.signs.busy == 0 else 0.8 * self.signs.busy + 0.2 * seconds
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from dpo_lightning.cluster import points
 from dpo_lightning.cluster.exits import TooLarge
 from dpo_lightning.cluster.ranks import Words
 from dpo_lightning.types import Batch, PairLogps
@@ -41,6 +42,7 @@ class Parts:
                 if getattr(trainer.strategy, "zero_stage_3", False):
                     raise
                 scores, failed = None, str(error).splitlines()[0]
+            points.at("forward.end")  # from here on a rank waits for the others
             if not self._words.highest(bool(failed)):
                 assert scores is not None
                 return scores

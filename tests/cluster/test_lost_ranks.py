@@ -1,18 +1,21 @@
 """A rank that is killed, hangs or crashes ends the run in bounded time, is named, and leaves no process behind."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 
 from dpo_lightning.checkpoints.resume import to_resume
+from dpo_lightning.cluster import watchdog
 from dpo_lightning.cluster.signs import Sign, behind, slow
 from dpo_lightning.cluster.watchdog import LOOKS, Watchdog
-from tests.ranks import TINY, environment, finished, start
+from tests.ranks import TINY, environment, fault, finished, run_ranks, start
 
 WORDS = [
     *TINY, "trainer.max_epochs=-1", "trainer.max_steps=6", "data.batch_size=4", "trainer.devices=2",
@@ -89,6 +92,31 @@ def test_one_rank_that_crashes_ends_the_run_with_its_own_words(tmp_path, cache):
     assert code == LOST, output
     assert "the fault that was asked for at step.begin" in output
     assert "rank 1 (pid" in output, output
+
+
+class LookOften(pl.Callback):
+    """Has the watchdog look for slow ranks once a second."""
+
+    def __init__(self):
+        watchdog.LOOK = 0.0
+
+
+@pytest.mark.parametrize(("slowed", "steps"), [(True, 30), (False, 200)], ids=["slow", "200 clean steps"])
+def test_a_rank_that_is_slow_in_each_step_is_told_of_once_and_a_clean_run_is_not(tmp_path, cache, slowed, steps):
+    words = [
+        *WORDS[:-1], f"trainer.max_steps={steps}", "strategy=ddp", f"run_dir={tmp_path / 'run'}",
+        "+callbacks.often._target_=tests.cluster.test_lost_ranks.LookOften",
+        "trusted_targets=[tests.cluster.test_lost_ranks.LookOften]",
+    ]  # fmt: skip
+    first, second = run_ranks([[*words, *(fault("at=forward;do=sleep:0.4;rank=1") if slowed else [])]], cache)
+    assert first.count("is slow") == slowed
+    assert second.count("is slow") == 0
+    if slowed:
+        (line,) = (line for line in first.splitlines() if "is slow" in line)
+        told = re.fullmatch(
+            r"warning: rank 1 \(.+\) is slow: its forward pass takes ([0-9.]+) s, .* they wait for it", line
+        )
+        assert told and float(told[1]) > 0.4
 
 
 def sign(rank: int, **changes) -> Sign:
