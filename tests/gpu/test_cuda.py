@@ -13,6 +13,7 @@ from dpo_lightning.model.attention import BlockAttention, ScoreRule, fused, varl
 from dpo_lightning.model.layout import choose_layout
 from dpo_lightning.model.shared_prefix import plan
 from dpo_lightning.model.source import ModelSource
+from tests.cluster.test_preflight import ranks
 from tests.ranks import run_ranks, trace, traced
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -108,6 +109,13 @@ def test_an_offloaded_reference_gives_the_same_losses(tmp_path, cache, strategy)
         run = [*words(strategy, "none", "bf16-mixed"), "reference=frozen_copy", f"reference.offload={offload}"]
         on_gpus([*run, "trainer.max_steps=3", f"run_dir={tmp_path / offload}"], cache, strategy)
     assert losses(tmp_path / "true") == losses(tmp_path / "false")
+
+
+def test_the_preflight_of_a_job_finds_the_gpus():
+    for code, output in ranks(DEVICES, DEVICES, str(DEVICES), "gpu"):
+        assert (code, "error" in output) == (0, False), output
+    ((code, output),) = ranks(1, 1, "99", "gpu")
+    assert (code, "99 GPUs are needed" in output) == (2, True), output
 
 
 RULES = [ScoreRule(0.3, None, None), ScoreRule(0.3, 6, None), ScoreRule(0.3, None, 2.0)]

@@ -1,0 +1,76 @@
+"""What a job tries before it trains, by one process for each rank: python -m dpo_lightning.cluster.preflight 8 gpu.
+
+`srun` starts it as it will start the training, with the GPUs of a node (8) and what the ranks compute on (gpu or cpu).
+Each rank looks whether its GPU is there, free and computes; then all of them add up a number. Seconds; no model is
+loaded. Ends with 0, or with 2 and a line that names the host.
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+from datetime import timedelta
+
+import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment
+
+from dpo_lightning.cluster.exits import USER_ERROR
+from dpo_lightning.types import UserError
+
+TAKEN = 0.1  # of a GPU's memory, by others; a driver and a desktop take less
+MEET = timedelta(seconds=90)  # that ranks are given to find each other, as their imports do not end together
+
+
+def claim(needed: int, own: int) -> torch.device:
+    """Return this rank's GPU. Raises UserError where there are not as many as are needed, or it is another's."""
+    seen = torch.cuda.device_count()
+    if seen < needed:
+        remedy = f"give sbatch --gpus-per-node={needed}, or trainer.accelerator=cpu"
+        raise UserError(f"{needed} GPUs are needed, {seen} are visible; {remedy}")
+    torch.cuda.set_device(own)
+    free, total = torch.cuda.mem_get_info(own)
+    if free < (1 - TAKEN) * total:
+        raise UserError(
+            f"GPU {own} has {free / 1e9:.0f} of {total / 1e9:.0f} GB free: another process holds the rest; "
+            "end it (nvidia-smi names it), or give sbatch --exclusive"
+        )
+    return torch.device("cuda", own)
+
+
+def add_up(device: torch.device, environment: SLURMEnvironment) -> None:
+    """Add one for each rank. Raises UserError where the ranks do not find each other, or the sum is wrong."""
+    rank, world = environment.global_rank(), environment.world_size()
+    address = f"{environment.main_address}:{environment.main_port}"
+    try:
+        torch.distributed.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", init_method=f"tcp://{address}", rank=rank, world_size=world,
+            timeout=MEET,
+        )  # fmt: skip
+        total = torch.ones(1, device=device)
+        torch.distributed.all_reduce(total)
+        counted = int(total.item())
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"rank {rank} does not reach the {world - 1} others by way of {address}: {str(error).splitlines()[0]}; "
+            "NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME names the network, MASTER_PORT another port"
+        ) from error
+    if counted != world:
+        raise UserError(f"rank {rank}: {world} ranks have each added 1, and the sum is {counted}")
+    torch.distributed.destroy_process_group()
+
+
+def main(needed: str, accelerator: str) -> int:
+    """Try what the words ask for; return the exit code."""
+    environment = SLURMEnvironment(auto_requeue=False)
+    try:
+        cpu = accelerator == "cpu"
+        device = torch.device("cpu") if cpu else claim(int(needed), environment.local_rank())
+        add_up(device, environment)
+    except (UserError, torch.AcceleratorError) as error:
+        print(f"error: {socket.gethostname()}: {error}", file=sys.stderr, flush=True)
+        return USER_ERROR
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
