@@ -7,14 +7,15 @@ loaded. Ends with 0, or with 2 and a line that names the host.
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 from datetime import timedelta
 
 import torch
-from lightning.fabric.plugins.environments import SLURMEnvironment
 
 from dpo_lightning.cluster.exits import USER_ERROR
+from dpo_lightning.cluster.slurm import first_host
 from dpo_lightning.types import UserError
 
 TAKEN = 0.1  # of a GPU's memory, by others; a driver and a desktop take less
@@ -37,10 +38,8 @@ def claim(needed: int, own: int) -> torch.device:
     return torch.device("cuda", own)
 
 
-def add_up(device: torch.device, environment: SLURMEnvironment) -> None:
+def add_up(device: torch.device, rank: int, world: int, address: str) -> None:
     """Add one for each rank. Raises UserError where the ranks do not find each other, or the sum is wrong."""
-    rank, world = environment.global_rank(), environment.world_size()
-    address = f"{environment.main_address}:{environment.main_port}"
     try:
         torch.distributed.init_process_group(
             "nccl" if device.type == "cuda" else "gloo", init_method=f"tcp://{address}", rank=rank, world_size=world,
@@ -61,11 +60,12 @@ def add_up(device: torch.device, environment: SLURMEnvironment) -> None:
 
 def main(needed: str, accelerator: str) -> int:
     """Try what the words ask for; return the exit code."""
-    environment = SLURMEnvironment(auto_requeue=False)
+    rank, own, world = (int(os.environ[f"SLURM_{name}"]) for name in ("PROCID", "LOCALID", "NTASKS"))
+    host = os.environ.get("MASTER_ADDR") or first_host(os.environ["SLURM_NODELIST"])  # as Lightning finds it
+    address = f"{host}:{os.environ['MASTER_PORT']}"
     try:
-        cpu = accelerator == "cpu"
-        device = torch.device("cpu") if cpu else claim(int(needed), environment.local_rank())
-        add_up(device, environment)
+        device = torch.device("cpu") if accelerator == "cpu" else claim(int(needed), own)
+        add_up(device, rank, world, address)
     except (UserError, torch.AcceleratorError) as error:
         print(f"error: {socket.gethostname()}: {error}", file=sys.stderr, flush=True)
         return USER_ERROR

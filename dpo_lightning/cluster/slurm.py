@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from datetime import datetime
@@ -15,6 +16,19 @@ def job_id() -> str | None:
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     return os.environ.get("SLURM_JOB_ID")
+
+
+def first_host(nodes: str) -> str:
+    """Return the first of the hosts that SLURM_NODELIST names.
+
+    >>> first_host("gpu[003-007,12],login1"), first_host("a1,a2")
+    ('gpu003', 'a1')
+    """
+    first, _, numbers = nodes.partition("[")
+    if "," in first or not numbers:
+        return first.split(",")[0]
+    number, _, rest = numbers.partition("]")
+    return first + re.split("[,-]", number)[0] + rest.split(",")[0]
 
 
 def end_of_job() -> float | None:

@@ -6,8 +6,10 @@ import sys
 
 import pytest
 import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
 from dpo_lightning.cluster.preflight import claim
+from dpo_lightning.cluster.slurm import first_host
 from dpo_lightning.types import UserError
 from tests.ranks import ROOT, finished, free_port
 
@@ -15,8 +17,8 @@ from tests.ranks import ROOT, finished, free_port
 def ranks(present: int, world: int, *words: str, patience: float = 90) -> list[tuple[int, str]]:
     """Run the preflight of the first `present` of `world` ranks as srun would; return their exit codes and outputs."""
     slurm = {
-        "SLURM_NTASKS": str(world), "SLURM_NTASKS_PER_NODE": str(world), "SLURM_JOB_NAME": "dpo", "SLURM_JOB_ID": "7",
-        "SLURM_NODELIST": "localhost", "SLURM_NODEID": "0", "MASTER_PORT": str(free_port()), "MASTER_ADDR": "127.0.0.1",
+        "SLURM_NTASKS": str(world),
+        "SLURM_NODELIST": "localhost", "MASTER_PORT": str(free_port()),
     }  # fmt: skip
     program = (
         "import sys; from datetime import timedelta; from dpo_lightning.cluster import preflight; "
@@ -38,8 +40,15 @@ def test_ranks_that_find_each_other_say_nothing():
 def test_a_rank_that_finds_no_other_ends_with_the_network_to_look_at():
     ((code, output),) = ranks(1, 2, "2", "cpu", patience=3)
     assert code == 2, output
-    assert "rank 0 does not reach the 1 others by way of 127.0.0.1:" in output
+    assert "rank 0 does not reach the 1 others by way of localhost:" in output
     assert "GLOO_SOCKET_IFNAME" in output.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "nodes", ["n1", "n1,n2", "gpu[003-007,12],login1", "gpu[8,9]", "gpu[1-2]-ib", "a-b[07]", "x1,gpu[1-2]", "10.0.0.1"]
+)
+def test_the_first_host_is_the_one_that_lightning_takes(nodes):
+    assert first_host(nodes) == SLURMEnvironment.resolve_root_node_address(nodes)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has GPUs")
