@@ -23,7 +23,7 @@ from dpo_lightning.checkpoints.starts import check_progress
 from dpo_lightning.cli import guard
 from dpo_lightning.cli.errors import explain, fail
 from dpo_lightning.cli.hub import prefer_cache
-from dpo_lightning.cli.process import keep_freed_memory, quiet
+from dpo_lightning.cli.process import prepare
 from dpo_lightning.cluster.exits import DONE, INTERRUPTED, WRONG_NUMBERS
 from dpo_lightning.config import CONF, check, check_values, run_dir_of
 from dpo_lightning.keys import nearest
@@ -126,8 +126,7 @@ def main() -> None:
     verb = sys.argv.pop(1) if len(sys.argv) > 1 and re.fullmatch(r"[a-z]+", sys.argv[1]) else "train"
     if verb not in VERBS:
         fail(f"unknown verb {verb}{nearest(verb, VERBS)}; there are {', '.join(VERBS)}")
-    quiet()
-    keep_freed_memory()
+    prepare()
     # Hydra's parser takes its flags before the overrides or behind them, not between: the overrides go last.
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda arg: re.match(r"~|[^-].*=", arg) is not None)
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # else Hydra prints its errors itself and exits with 1

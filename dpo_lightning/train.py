@@ -38,6 +38,7 @@ from dpo_lightning.resolve import check_resume, fingerprint, passes, plain, reso
 from dpo_lightning.training import loggers
 from dpo_lightning.training.devices import on_cuda
 from dpo_lightning.training.failures import Failures
+from dpo_lightning.training.memory import keep_freed_memory
 from dpo_lightning.training.metric_log import MetricLog
 from dpo_lightning.training.module import DPOModule
 from dpo_lightning.training.precision import frozen_dtype, store_linears
@@ -69,6 +70,8 @@ def train(cfg: DictConfig, run_dir: Path, resume: Path | None, sweep: bool) -> i
     data = build_data(cfg, source)
     strategy = resolve(cfg, source, data, sweep)
     check_resume(cfg, data, resume)
+    if not on_cuda(cfg.trainer.accelerator):
+        keep_freed_memory()
     source.folder()  # makes random weights while nothing shards or places what is made
     facts_of_run = {"data": fingerprint(data), "step_pairs": step_pairs(cfg), "passes": passes(cfg)}
     saver = Saver(plain(cfg), facts_of_run, cfg.checkpoint.keep_last)
@@ -81,8 +84,8 @@ def train(cfg: DictConfig, run_dir: Path, resume: Path | None, sweep: bool) -> i
     plan = {"run_dir": str(run_dir), "checkpoint": str(resume), "data": fingerprint(data), **flat(plain(cfg))}
     trainer = build_trainer(cfg, run_dir, saver, [
         Agreement(plan, begin), Summary(facts(cfg, source, data, run_dir, resume, strategy)), watchdog,
-        Failures(run_dir), log, interrupt, Checkpoints(run_dir, cfg.checkpoint.every_n_steps, interrupt.words),
-    ])  # fmt: skip
+        Failures(run_dir), log, interrupt,
+    ], Checkpoints(run_dir, cfg.checkpoint.every_n_steps, interrupt.words))  # fmt: skip
     if cfg.reference.mode == "cached":
         cache = ReferenceCache(cache_dir() / "reference", source.weights_digest, interrupt)
         trainer.callbacks.append(cache)  # type: ignore[attr-defined]
@@ -176,8 +179,13 @@ def only_check(cfg: DictConfig, run_dir: Path, resume: Path | None, sweep: bool)
     return 0
 
 
-def build_trainer(cfg: DictConfig, run_dir: Path, saver: Saver, callbacks: list[pl.Callback]) -> pl.Trainer:
-    """Return Lightning's Trainer; what it refuses becomes a UserError."""
+def build_trainer(
+    cfg: DictConfig, run_dir: Path, saver: Saver, callbacks: list[pl.Callback], checkpoints: Checkpoints
+) -> pl.Trainer:
+    """Return Lightning's Trainer; what it refuses becomes a UserError.
+
+    `checkpoints` come last: they hold what the configured callbacks have made of a step.
+    """
     chosen = list(instantiate(cfg.callbacks).values())
     build = partial(instantiate(cfg.strategy), cuda=on_cuda(cfg.trainer.accelerator), precision=cfg.trainer.precision)
     plugins: list[Any] = [saver]
@@ -186,7 +194,7 @@ def build_trainer(cfg: DictConfig, run_dir: Path, saver: Saver, callbacks: list[
     try:
         return instantiate(
             cfg.trainer, _convert_="all", strategy=build(pairs=cfg.data.batch_size),
-            plugins=plugins, logger=False, callbacks=[*callbacks, *chosen], default_root_dir=run_dir,
+            plugins=plugins, logger=False, callbacks=[*callbacks, *chosen, checkpoints], default_root_dir=run_dir,
             enable_checkpointing=False, enable_model_summary=False,
             enable_progress_bar=any(isinstance(c, ProgressBar) for c in chosen),
             use_distributed_sampler=False,

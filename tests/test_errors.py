@@ -169,7 +169,6 @@ def main(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
         return written.err
 
     monkeypatch.setattr(cli, "prefer_cache", went_on)
-    monkeypatch.setattr(cli, "keep_freed_memory", lambda: None)  # the allocator is this process's own
     monkeypatch.setattr(hydra_runner, "ConfigLoaderImpl", ConfigLoaderImpl)  # restored afterwards: main changes it
     monkeypatch.setattr(hydra_runner.Hydra, "get_mode", lambda *_, **__: None)  # composes everything a second time
     for name in ("HYDRA_FULL_ERROR", "TOKENIZERS_PARALLELISM", "HF_HUB_DISABLE_PROGRESS_BARS"):

@@ -74,8 +74,8 @@ def test_no_secret_of_the_environment_is_left_anywhere(tmp_path):
 SCRIPT = """
 import sys
 if sys.argv[1] == "ours":
-    from dpo_lightning.cli.process import quiet
-    quiet()
+    from dpo_lightning.cli.process import prepare
+    prepare()
 import wandb
 with wandb.init(dir=sys.argv[1], mode="offline", project="p"):
     print("printed-" + "mark")

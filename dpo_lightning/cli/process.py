@@ -1,8 +1,7 @@
-"""The process that a run lives in: its memory, its environment and what it prints."""
+"""The process that a run lives in: its environment and what it prints."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 import warnings
 
@@ -20,26 +19,12 @@ NOISE = (  # known warnings that do not concern the user, each by its message
 PRIVATE = {"WANDB_DISABLE_CODE": "true", "WANDB_DISABLE_GIT": "true", "WANDB_CONSOLE": "off"}
 
 
-def quiet() -> None:
-    """Keep other packages' chatter off the screen, and out of W&B what the metrics do not need."""
+def prepare() -> None:
+    """Keep other packages' chatter off the screen, and out of W&B what the metrics do not need; ask for huge pages."""
     for name, value in PRIVATE.items():
         os.environ.setdefault(name, value)
     for text in NOISE:
         warnings.filterwarnings("ignore", message=text)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep what is freed instead of handing it back: a training touches the same gigabytes every step.
-
-    Without this every large temporary of a CPU run is mapped anew, page fault by page fault (2x on elementwise
-    chains of 32 MiB tensors); THP_MEM_ALLOC_ENABLE lets torch ask for huge pages.
-    """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's alone
-    if mallopt is not None and not any(name.startswith("MALLOC_") for name in os.environ):
-        trim_threshold, top_pad, mmap_max = -1, -2, -4  # malloc.h
-        mallopt(mmap_max, 0)
-        mallopt(trim_threshold, -1)
-        mallopt(top_pad, 256 << 20)
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read when torch first allocates

@@ -7,6 +7,7 @@ import signal
 import time
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
 
@@ -47,6 +48,40 @@ def runs(tmp_path_factory, cache):
             cuts.append(traced(run, *WORDS, *words))
     run_ranks(cuts, cache, world=1)
     return folder
+
+
+class Count(pl.Callback):
+    """A callback with a state, as an average over weights has one."""
+
+    def __init__(self, file: str):
+        self.file, self.batches = Path(file), 0
+
+    def on_train_batch_end(self, *args):
+        self.batches += 1
+
+    def state_dict(self):
+        return {"batches": self.batches}
+
+    def load_state_dict(self, state_dict):
+        self.batches = state_dict["batches"]
+
+    def on_train_end(self, *args):
+        self.file.write_text(str(self.batches))
+
+
+def test_a_checkpoint_holds_what_other_callbacks_have_made_of_its_step(tmp_path, cache):
+    words = [*WORDS, *LORA, "+callbacks.count._target_=tests.checkpoints.test_exact.Count"]
+    runs = {
+        name: [*words, f"run_dir={tmp_path / name}", f"+callbacks.count.file={tmp_path / name}.count",
+               "trusted_targets=[tests.checkpoints.test_exact.Count]"]
+        for name in ("whole", "stopped")
+    }  # fmt: skip
+    run_ranks(
+        [[*runs["whole"], "trainer.max_steps=4"], *([*runs["stopped"], f"trainer.max_steps={n}"] for n in (2, 4))],
+        cache, world=1,
+    )  # fmt: skip
+    whole, stopped = ((tmp_path / f"{name}.count").read_text() for name in runs)
+    assert stopped == whole == "8"
 
 
 @pytest.mark.parametrize(("name", "step"), [*(("lora", n) for n in range(1, STEPS)), *(("full", n) for n in (1, 5, 8))])
