@@ -70,8 +70,6 @@ def train(cfg: DictConfig, run_dir: Path, resume: Path | None, sweep: bool) -> i
     data = build_data(cfg, source)
     strategy = resolve(cfg, source, data, sweep)
     check_resume(cfg, data, resume)
-    if not on_cuda(cfg.trainer.accelerator):
-        keep_freed_memory()
     source.folder()  # makes random weights while nothing shards or places what is made
     facts_of_run = {"data": fingerprint(data), "step_pairs": step_pairs(cfg), "passes": passes(cfg)}
     saver = Saver(plain(cfg), facts_of_run, cfg.checkpoint.keep_last)
@@ -111,6 +109,8 @@ def fit(
 
     Raises RankLost where the ranks' talk has failed since one of them is gone.
     """
+    if trainer.strategy.root_device.type == "cpu":
+        keep_freed_memory()
     if resume is not None:
         trainer.num_sanity_val_steps = 0  # the validation before the first update has been made
     with interrupt.installed():
