@@ -190,6 +190,12 @@ class DPOModule(pl.LightningModule):
                 self.print(f"step {self.trainer.global_step + 1} is left out: loss {loss:.4g}, gradient norm "
                            f"{float(self.grad_norm):.4g} are far above those before")  # fmt: skip
 
+    def on_train_end(self) -> None:
+        """Let go of gradients and moments, now saved: the strategy would carry them to the host's memory at its end."""
+        for optimizer in self.trainer.optimizers:
+            optimizer.zero_grad()
+            optimizer.state.clear()
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave out what does not train: it comes back from the base model; put in what each rank holds of its own."""
         trainable = {name for name, p in self.named_parameters() if p.requires_grad}
