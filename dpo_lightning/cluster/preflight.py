@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import time
 from datetime import timedelta
 
 import torch
@@ -19,7 +20,8 @@ from dpo_lightning.cluster.slurm import first_host
 from dpo_lightning.types import UserError
 
 TAKEN = 0.1  # of a GPU's memory, by others; a driver and a desktop take less
-MEET = timedelta(seconds=90)  # that ranks are given to find each other, as their imports do not end together
+RELEASE = 60.0  # seconds that a job which has just ended is given to leave a GPU's memory
+MEET = timedelta(minutes=3)  # that ranks are given to find each other, as their imports do not end together
 
 
 def claim(needed: int, own: int) -> torch.device:
@@ -29,13 +31,17 @@ def claim(needed: int, own: int) -> torch.device:
         remedy = f"give sbatch --gpus-per-node={needed}, or trainer.accelerator=cpu"
         raise UserError(f"{needed} GPUs are needed, {seen} are visible; {remedy}")
     torch.cuda.set_device(own)
-    free, total = torch.cuda.mem_get_info(own)
-    if free < (1 - TAKEN) * total:
-        raise UserError(
-            f"GPU {own} has {free / 1e9:.0f} of {total / 1e9:.0f} GB free: another process holds the rest; "
-            "end it (nvidia-smi names it), or give sbatch --exclusive"
-        )
-    return torch.device("cuda", own)
+    deadline = time.monotonic() + RELEASE
+    while True:
+        free, total = torch.cuda.mem_get_info(own)
+        if free >= (1 - TAKEN) * total:
+            return torch.device("cuda", own)
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"GPU {own} has {free / 1e9:.0f} of {total / 1e9:.0f} GB free: another process holds the rest; "
+                "end it (nvidia-smi names it), or give sbatch --exclusive"
+            )
+        time.sleep(1)
 
 
 def add_up(device: torch.device, rank: int, world: int, address: str) -> None:

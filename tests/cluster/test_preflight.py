@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
-from dpo_lightning.cluster.preflight import claim
+from dpo_lightning.cluster import preflight
 from dpo_lightning.cluster.slurm import first_host
 from dpo_lightning.types import UserError
 from tests.ranks import ROOT, finished, free_port
@@ -62,6 +62,16 @@ def test_a_gpu_whose_memory_is_another_processs_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     monkeypatch.setattr(torch.cuda, "set_device", lambda own: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda own: (12e9 if own == 3 else 79e9, 80e9))
-    assert claim(8, 2) == torch.device("cuda", 2)
+    monkeypatch.setattr(preflight, "RELEASE", 0.0)
+    assert preflight.claim(8, 2) == torch.device("cuda", 2)
     with pytest.raises(UserError, match="GPU 3 has 12 of 80 GB free: another process holds the rest"):
-        claim(8, 3)
+        preflight.claim(8, 3)
+
+
+def test_a_job_that_has_just_ended_is_given_time_to_leave_the_gpu(monkeypatch):
+    left = iter([12e9, 40e9, 79e9])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda own: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda own: (next(left), 80e9))
+    assert preflight.claim(1, 0) == torch.device("cuda", 0)
+    assert next(left, None) is None
