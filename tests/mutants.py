@@ -99,8 +99,8 @@ MUTANTS = [
         "tests/cluster/test_launch.py::test_two_nodes_of_one_device_equal_one_process",
     ),
     Mutant(
-        "a cached reference is taken for another precision's", "training/reference_cache.py",
-        '"precision": trainer.precision,', "",
+        "a cached reference is taken for another model's", "training/reference_cache.py",
+        '"weights": self.weights_digest(), ', "",
         "tests/training/test_reference_cache.py::test_only_what_changes_the_numbers_is_in_the_key",
     ),
 ]  # fmt: skip
