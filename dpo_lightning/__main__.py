@@ -148,6 +148,9 @@ def main() -> None:
     except Exception as error:
         if running:
             raise
+        if codes and {*codes} == {WRONG_NUMBERS}:  # the sweeper has found no best one
+            print(f"error: each of the {len(codes)} trials has diverged", file=sys.stderr)
+            sys.exit(WRONG_NUMBERS)
         fail(explain(error))  # Hydra raises a dozen kinds for what cannot be composed
     sys.exit(max(codes, default=0))
 

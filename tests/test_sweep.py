@@ -53,6 +53,16 @@ def test_optuna_is_given_the_metric_and_every_pair_is_computed_once(
     assert found["best_params"]["optim.lr"] == best["optim"]["lr"]
 
 
+def test_a_sweep_of_which_every_trial_diverges_says_so(cli, capfd, tmp_path, monkeypatch):
+    def diverge(verb, cfg):
+        raise WrongNumbers("nan")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(program, "run", diverge)
+    assert cli("sweep=beta_lr", "hydra.sweeper.n_trials=2", *WORDS) == 3
+    assert "error: each of the 2 trials has diverged" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("outcome", "code"),
     [((0, 0.5), None), ((143, None), 143), (WrongNumbers("nan"), None), (RankLost("gone"), 4), (UserError("no"), 2)],
