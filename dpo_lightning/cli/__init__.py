@@ -1,1 +1,1 @@
-"""What the command line needs around a verb: clear errors, a guarded Hydra, a tuned process."""
+"""What the command line needs around a verb: clear errors, a guarded Hydra, a quiet process."""
