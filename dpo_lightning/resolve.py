@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +36,16 @@ def resolve(cfg: DictConfig, source: ModelSource, data: PreferenceData, sweep: b
     if cfg.reference.mode == "auto":
         cfg.reference.mode = reference_mode(cfg, len(data.train), devices, sweep)
 
-    def needed() -> int:
+    def needed(strategy: str) -> int:
         weights = source.count_weights()
-        size = 4 if trainer.precision == "32-true" else 2
-        return state_bytes(weights, weights if full else 0, 1 + (cfg.reference.mode == "frozen_copy"), size, devices)
+        copies = 1 + (cfg.reference.mode == "frozen_copy" and not cfg.reference.offload)
+        return state_bytes(strategy, trainer.precision, weights, weights if full else 0, copies, devices)
 
     if sweep and devices > 1 and "WANDB_SWEEP_ID" not in os.environ:
         raise UserError("--multirun: not with several devices, as each rank would run the whole sweep; use a W&B sweep")
 
-    memory = partial(memory_of_device, trainer.accelerator, devices // trainer.num_nodes)
-    cfg.strategy.name, reason = choose_strategy(cfg.strategy.name, devices, memory, needed)
+    have = memory_of_device(trainer.accelerator, devices // trainer.num_nodes)
+    cfg.strategy.name, reason = choose_strategy(cfg.strategy.name, devices, have, needed)
     if cfg.strategy.name == "single" and devices > 1:
         raise UserError(f"strategy=single: there are {devices} devices; choose another, or trainer.devices=1")
     if cfg.reference.offload and cfg.strategy.name.startswith("zero3"):
@@ -54,9 +53,8 @@ def resolve(cfg: DictConfig, source: ModelSource, data: PreferenceData, sweep: b
             f"reference.offload: not with strategy={cfg.strategy.name}, which shards the reference; leave it out, "
             "or use strategy=zero3_offload, which keeps all weights in the host's memory"
         )
-    if cfg.skip_spikes is not None and (cfg.strategy.name.startswith("zero") or trainer.precision == "16-mixed"):
-        given = f"strategy={cfg.strategy.name} and trainer.precision={trainer.precision}"
-        raise UserError(f"skip_spikes: not with {given}; use strategy=ddp and bf16-mixed, or leave it out")
+    if cfg.skip_spikes is not None and trainer.precision == "16-mixed":
+        raise UserError("skip_spikes: not with trainer.precision=16-mixed; use bf16-mixed, or leave it out")
     return f"{cfg.strategy.name} ({reason})" if reason else cfg.strategy.name
 
 

@@ -7,6 +7,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from dpo_lightning.training.precision import frozen_dtype
+from dpo_lightning.types import UserError
+
 USABLE = 0.7  # of a device's memory for weights and their states; activations need the rest
 
 
@@ -27,27 +30,55 @@ def on_cuda(accelerator: str) -> bool:
 
 
 def memory_of_device(accelerator: str, on_this_node: int) -> int:
-    """Return the bytes of memory that a device has for itself."""
+    """Return the bytes of memory that a device has for itself; 0 where that is not known, as on a login node."""
     if on_cuda(accelerator):
         return min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
+    if accelerator != "cpu":
+        return 0
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // max(1, on_this_node)
 
 
-def state_bytes(weights: int, trainable: int, copies: int, bytes_per_weight: int, devices: int) -> int:
-    """Return the bytes that a device holds under ZeRO-2: its weights whole, its share of the training's states.
+def state_bytes(strategy: str, precision: str, weights: int, trainable: int, copies: int, devices: int) -> int:
+    """Return the bytes that a device holds at least: weights and the training's states, without activations.
 
-    For each trainable weight the states are a gradient, a float32 master copy and Adam's two moments, 16 bytes at most
-    (ZeRO, https://arxiv.org/abs/1910.02054, section 3.1). `copies` is 2 where a frozen reference lies beside it.
+    For each trainable weight the states are a gradient and Adam's two moments, 12 bytes in float32 (ZeRO,
+    https://arxiv.org/abs/1910.02054, section 3.1; a master copy may come on top). ZeRO shards the states, ZeRO-3 the
+    weights too. `copies` is 2 where a frozen reference lies beside the policy.
     """
-    return weights * copies * bytes_per_weight + 16 * trainable // devices
+    zero = strategy.startswith("zero")
+    whole = weights * copies * frozen_dtype(precision).itemsize
+    states = trainable * (6 if precision == "bf16-true" and not zero else 12)
+    return whole // (devices if strategy.startswith("zero3") else 1) + states // (devices if zero else 1)
 
 
-def choose_strategy(name: str, devices: int, memory: Callable[[], int], needed: Callable[[], int]) -> tuple[str, str]:
-    """Return the strategy that `name` becomes, and why; both memory sizes, in bytes, are asked for if they matter."""
-    if name != "auto":
-        return name, ""
-    if devices == 1:
-        return "single", "one device"
-    have, need = memory(), needed()
-    sizes = f"{need / 1e9:.1f} GB of weights and states a device, of {have / 1e9:.1f} GB"
-    return ("zero3" if need > USABLE * have else "zero2"), f"{devices} devices; ZeRO-2 needs {sizes}"
+def choose_strategy(name: str, devices: int, have: int, needed: Callable[[str], int]) -> tuple[str, str]:
+    """Return the strategy that `name` becomes, and why.
+
+    Args:
+        name: as given; auto is the one that is chosen for.
+        devices: of all nodes.
+        have: bytes of memory of a device; 0 where that is not known.
+        needed: strategy -> bytes that a device holds at least.
+
+    Raises UserError where not even weights and states fit.
+
+    """
+    reason = ""
+    if name == "auto" and devices == 1:
+        name, reason = "single", "one device"
+    elif name == "auto":
+        name, need = "zero2", needed("zero2")
+        reason = f"{devices} devices; ZeRO-2 needs {_gb(need)} of weights and states a device"
+        if have:
+            reason += f", of {_gb(have)}"
+            name = "zero3" if need > USABLE * have else name
+    if have and name != "zero3_offload" and (need := needed(name)) > have:  # what is offloaded is another memory's
+        raise UserError(
+            f"strategy={name}: weights and states of the training take at least {_gb(need)} a device, which has "
+            f"{_gb(have)}; use strategy=zero3 on more devices or zero3_offload, lora=r16, or a smaller model"
+        )
+    return name, reason
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:.1f} GB"

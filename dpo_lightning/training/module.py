@@ -173,8 +173,8 @@ class DPOModule(pl.LightningModule):
     ) -> None:
         """Clip by the norm of all trainable gradients; refuse what is not finite, leave out spikes.
 
-        DeepSpeed clips by itself and tells the norm after the step; see training/zero.py. With float16 a gradient
-        that overflows is a matter of the loss' scale: the scaler leaves the step out.
+        DeepSpeed clips by itself; see training/zero.py. With float16 a gradient that overflows is a matter of the
+        loss' scale: the scaler leaves the step out.
         """
         self.step_lr = optimizer.param_groups[0]["lr"]
         if not self.trainer.strategy.handles_gradient_accumulation:
@@ -183,12 +183,18 @@ class DPOModule(pl.LightningModule):
             scaled = str(self.trainer.precision) == "16-mixed"
             loss = self.guard.check(self.trainer, None if scaled else self.grad_norm)
             self.guard.clear()
-            if self.spikes.is_spike(loss, self.grad_norm):
+            if self.leaves_out(loss, self.grad_norm):
                 for p in parameters:
                     p.grad = None  # AdamW passes over what has no gradient: weight and moments stay
-                self.skipped_steps = self.spikes.skipped
-                self.print(f"step {self.trainer.global_step + 1} is left out: loss {loss:.4g}, gradient norm "
-                           f"{float(self.grad_norm):.4g} are far above those before")  # fmt: skip
+
+    def leaves_out(self, loss: float, norm: Tensor | float) -> bool:
+        """Return whether the step of this mean loss and gradient norm is a spike, which is told and counted."""
+        if not self.spikes.is_spike(loss, norm):
+            return False
+        self.skipped_steps = self.spikes.skipped
+        self.print(f"step {self.trainer.global_step + 1} is left out: loss {loss:.4g}, gradient norm "
+                   f"{float(norm):.4g} are far above those before")  # fmt: skip
+        return True
 
     def on_train_end(self) -> None:
         """Let go of gradients and moments, now saved: the strategy would carry them to the host's memory at its end."""

@@ -6,12 +6,13 @@ Importing this imports deepspeed: `training/strategy.py` does so where ZeRO is a
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.fabric.utilities.seed import reset_seed
@@ -39,6 +40,8 @@ class ZeroStrategy(DeepSpeedStrategy):
         self.config["zero_force_ds_cpu_optimizer"] = False  # type: ignore[index]
         self._hf_config: Any = None
         self._shards: Shards | None = None
+        self._loss = 0.0
+        self._spike: bool | None = None  # until it is known of this step
 
     # Lightning refuses anything but CUDA, and compares device numbers that CPU ranks do not have.
 
@@ -65,6 +68,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         groups = [list(group["params"]) for group in optimizer.param_groups]
         engine = self._initialize(model, self.config, optimizer, [p for group in groups for p in group], lr_scheduler)
         self._shards = Shards(engine, groups)
+        optimizer.step = self._unless_spike(optimizer.step)
         return engine, engine.optimizer
 
     def _initialize_deepspeed_inference(self, model: nn.Module) -> None:
@@ -116,7 +120,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         def guarded() -> Any:
             result = closure()
             if updates:
-                module.guard.check(module.trainer)
+                self._loss, self._spike = module.guard.check(module.trainer), None
             return result
 
         result = super().optimizer_step(optimizer, guarded, model, **kwargs)
@@ -126,6 +130,18 @@ class ZeroStrategy(DeepSpeedStrategy):
         if updates:
             module.guard.clear()
         return result
+
+    def _unless_spike(self, update: Callable[[], Any]) -> Callable[[], Any]:
+        """Return AdamW's step without spikes: DeepSpeed calls it once for each group, and knows the norm by then."""
+
+        @functools.wraps(update)
+        def step() -> Any:
+            if self._spike is None:
+                zero, module = (cast(Any, each) for each in (self.deepspeed_engine.optimizer, self.lightning_module))
+                self._spike = module.leaves_out(self._loss, zero._global_grad_norm)
+            return None if self._spike else update()
+
+        return step
 
     def on_train_end(self) -> None:
         """Leave the first rank the trained weights, whole, in float32: what is exported."""
