@@ -13,10 +13,12 @@ test: $(STAMP)
 
 check: lint test
 
-# The long loops: 200 kills; 2,000 steps; known bugs, put back one at a time; the container's image, built and trained in (root, buildah, debootstrap).
+# The long loops: 200 kills; 2,000 steps; all steps of TRL's; known bugs, put back one at a time; the container's image,
+# built and trained in (root, buildah, debootstrap).
 soak: $(STAMP)
 	DPO_LIGHTNING_KILLS=200 $(BIN)/python -m pytest tests/cluster/test_kill_loop.py
 	DPO_LIGHTNING_STEPS=2000 $(BIN)/python -m pytest tests/test_leaks.py
+	DPO_LIGHTNING_GOLDEN_STEPS=8 $(BIN)/python -m pytest tests/test_golden.py
 	$(BIN)/python -m tests.mutants
 	DPO_LIGHTNING_IMAGE=1 $(BIN)/python -m pytest tests/docker/test_build.py
 

@@ -9,7 +9,8 @@ import time
 import pytest
 
 from dpo_lightning.checkpoints.resume import to_resume
-from tests.ranks import TINY, environment, finished, start
+from tests.nursery import nursery
+from tests.ranks import TINY, environment, environments, run_ranks
 
 SHORT = [*TINY, "trainer.max_steps=3"]
 
@@ -19,7 +20,7 @@ def one(tmp_path_factory, cache):
     """Return the folder of a run on one process, eight pairs a step."""
     run = tmp_path_factory.mktemp("one") / "run"
     words = [*SHORT, "data.batch_size=8", f"run_dir={run}"]
-    subprocess.run([sys.executable, "-m", "dpo_lightning", *words], env=environment(cache), check=True)
+    run_ranks([words], cache, world=1)
     return run
 
 
@@ -47,9 +48,9 @@ def test_two_devices_are_started_by_lightning_under_zero2(one, metrics, tmp_path
 def test_two_nodes_of_one_device_equal_one_process(one, metrics, tmp_path, cache):
     run = tmp_path / "nodes"
     words = [*SHORT, "data.batch_size=4", "trainer.devices=1", "trainer.num_nodes=2", f"run_dir={run}"]
-    nodes = start([sys.executable, "-m", "dpo_lightning", *words], 2, environment(cache), nodes=2)
-    for code, output in finished(nodes):
+    for code, output in nursery().run([words], environments(environment(cache), 2, nodes=2)):
         assert code == 0, output
+        assert output.splitlines()[-1] == "[0]", output
     compare(run, one, metrics)
 
 

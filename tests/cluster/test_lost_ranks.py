@@ -15,7 +15,8 @@ from dpo_lightning.checkpoints.resume import to_resume
 from dpo_lightning.cluster import watchdog
 from dpo_lightning.cluster.signs import Sign, behind, slow
 from dpo_lightning.cluster.watchdog import LOOKS, Watchdog
-from tests.ranks import TINY, environment, fault, finished, run_ranks, start
+from tests.nursery import nursery
+from tests.ranks import TINY, environment, environments, fault, run_ranks
 
 WORDS = [
     *TINY, "trainer.max_epochs=-1", "trainer.max_steps=6", "data.batch_size=4", "trainer.devices=2",
@@ -81,9 +82,9 @@ def test_the_first_rank_is_named_when_it_is_killed(tmp_path, cache):
     env = environment(
         cache, DPO_LIGHTNING_FAULT="at=step.begin;do=SIGKILL;rank=0;step=3", DPO_LIGHTNING_ALLOW_FAULTS="1"
     )
-    (first, _), (second, output) = finished(start([sys.executable, "-m", "dpo_lightning", *words], 2, env))
+    (first, _), (_, output) = nursery().run([words], environments(env, 2))
     assert first == -signal.SIGKILL
-    assert second == LOST, output
+    assert output.splitlines()[-1] == f"[{LOST}]", output
     assert "rank 0 cannot be reached any more" in output
 
 

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT
-from tests.ranks import environment, rows, trace, traced
+from tests.ranks import environment, rows, run_ranks, trace, traced
 from tests.slurm.cluster import Cluster, missing
 
 pytestmark = [pytest.mark.skipif(missing() is not None, reason=str(missing())), pytest.mark.timeout(290)]
@@ -147,7 +147,7 @@ def test_an_array_runs_the_trials_of_a_sweep_each_to_its_end(cluster, begun, env
     assert betas == [0.05, 0.5]
 
 
-def test_a_job_that_loses_a_rank_and_runs_out_of_time_ends_with_the_same_bits(cluster, begun, env, tmp_path):
+def test_a_job_that_loses_a_rank_and_runs_out_of_time_ends_with_the_same_bits(cluster, begun, cache, tmp_path):
     job, run, log = begun
     golden = tmp_path / "golden"  # the run that nothing stops, outside of SLURM
     wait_until_held(run, 2, log)
@@ -155,9 +155,7 @@ def test_a_job_that_loses_a_rank_and_runs_out_of_time_ends_with_the_same_bits(cl
     cluster.wait_for_requeue(job)
     wait_until_held(run, 2, log)
     cluster.end_in_two_minutes(job)  # now SLURM itself sends what the script's header asks for
-    command = [sys.executable, "-m", "dpo_lightning", *traced(golden, *TWO)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_ranks([traced(golden, *TWO)], cache)
     cluster.wait_for_log("warning signal 10")
     release(run)
     cluster.wait_for_requeue(job, "TimeLimit=30")
