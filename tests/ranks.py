@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -77,9 +78,12 @@ def rows(run_dir: Path) -> list[dict[str, float]]:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a port that nobody listens on, and that no connection is given before its listener comes, either."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 20_000)  # below those that systems give to connections
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                return port
 
 
 def environment(cache: Path, **more: str) -> dict[str, str]:
