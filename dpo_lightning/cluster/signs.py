@@ -26,8 +26,8 @@ NOTABLE = 0.05  # seconds; less is no reason to speak of a slow rank
 class Sign(NamedTuple):
     """What a rank has last told of itself: beats count up as long as its process lives.
 
-    point, step, number and seconds say where its main thread is and for how long; busy, how many seconds its forward
-    pass takes.
+    point, step, number and seconds say where its main thread is and for how long; busy, how many seconds of a step it
+    takes by itself; phase, what for.
     """
 
     rank: int
@@ -39,6 +39,7 @@ class Sign(NamedTuple):
     number: int
     seconds: float
     busy: float
+    phase: str
 
     def __str__(self) -> str:
         """Return who and where, for a person."""
@@ -51,7 +52,7 @@ class Signs:
 
     def __init__(self, store: Any = None, rank: int = 0, world: int = 1):
         self.store, self.rank, self.world = store, rank, world
-        self.busy = 0.0
+        self.busy, self.phase = 0.0, ""
         self._beats = 0
 
     @classmethod
@@ -83,7 +84,7 @@ class Signs:
         seconds = time.monotonic() - place.since
         return Sign(
             self.rank, socket.gethostname(), os.getpid(), self._beats, place.point, place.step, place.number, seconds,
-            self.busy,
+            self.busy, self.phase,
         )  # fmt: skip
 
     def all(self) -> list[Sign]:
@@ -116,7 +117,7 @@ class Signs:
 def behind(signs: Sequence[Sign]) -> list[Sign]:
     """Return the ranks that have come less far than others: those that the others wait for; all, where none has.
 
-    >>> a = Sign(0, "n1", 7, 9, "backward.begin", 4, 3, 60.0, 0.1)
+    >>> a = Sign(0, "n1", 7, 9, "backward.begin", 4, 3, 60.0, 0.1, "data")
     >>> [sign.rank for sign in behind([a, a._replace(rank=1, point="step.begin", number=1)])]
     [1]
     """
@@ -127,7 +128,7 @@ def behind(signs: Sequence[Sign]) -> list[Sign]:
 def slow(signs: Sequence[Sign], factor: float) -> list[tuple[Sign, float]]:
     """Return the ranks that take more than `factor` times the others' median, with that median in seconds.
 
-    >>> a = Sign(0, "n1", 7, 9, "step.begin", 4, 1, 0.0, 0.1)
+    >>> a = Sign(0, "n1", 7, 9, "step.begin", 4, 1, 0.0, 0.1, "data")
     >>> [(sign.rank, others) for sign, others in slow([a, a._replace(rank=1, busy=0.5)], 2)]
     [(1, 0.1)]
     """

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import statistics
 import sys
 import threading
 import time
+from collections import deque
 from typing import Any
 
 import lightning.pytorch as pl
@@ -20,8 +22,8 @@ from dpo_lightning.cluster.exits import RANK_LOST
 from dpo_lightning.cluster.signs import BEAT, Signs, behind, slow
 
 GRACE = 10.0  # seconds that the main thread has to notice a failure by itself
-LOOK = 30.0  # seconds between two looks for slow ranks
-LOOKS = 3  # that a rank has to be slow in, one after the other
+LOOK = 5.0  # seconds between two looks for slow ranks
+WINDOW = 10  # steps whose median counts: one that takes long is no slow rank
 
 
 class Watchdog(pl.Callback):
@@ -29,7 +31,7 @@ class Watchdog(pl.Callback):
 
     Args:
         hang_seconds: a rank that passes no named point for so long ends the run; None: never.
-        slow_factor: a rank whose forward pass takes so many times what the others' takes is told of, once.
+        slow_factor: a rank that takes so many times the others' seconds for data and forward pass is told of, once.
 
     """
 
@@ -38,8 +40,10 @@ class Watchdog(pl.Callback):
         self.signs = Signs()
         self._over = threading.Event()
         self._children: list[Any] = []
-        self._ready = time.monotonic()
-        self._slow: dict[int, int] = {}  # rank: looks in a row
+        self._ready = 0.0  # when there was a batch, by time.monotonic()
+        self._waited = 0.0  # seconds for it
+        self._own: deque[tuple[float, float]] = deque(maxlen=WINDOW)  # seconds for data, for the forward pass
+        self._told: set[int] = set()  # ranks that are slow
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Meet the other ranks and begin to watch."""
@@ -51,12 +55,20 @@ class Watchdog(pl.Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
         """Have a batch to work on."""
-        self._ready = time.monotonic()
+        self._ready, place = time.monotonic(), points.here()
+        self._waited = self._ready - place.since if place.point == "data.next" else 0.0
 
-    def on_before_backward(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Measure what this rank has taken by itself, up to the end of its forward pass: then it waits for others."""
-        seconds = points.here().since - self._ready
-        self.signs.busy = seconds if self.signs.busy == 0 else 0.8 * self.signs.busy + 0.2 * seconds
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+        """Measure what this rank has taken by itself, since all have ended a step: then it waits for the others.
+
+        It does so at the end of its forward pass, and under ZeRO-3 from its beginning on.
+        """
+        sharded = getattr(trainer.strategy, "zero_stage_3", False)
+        own = pl_module.entered if sharded else points.here().since
+        self._own.append((self._waited, own - self._ready))
+        if len(self._own) == WINDOW:
+            data, forward = (statistics.median(seconds) for seconds in zip(*self._own, strict=True))
+            self.signs.busy, self.signs.phase = data + forward, "data" if data > forward else "forward pass"
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Watch no longer: export and report take what they take."""
@@ -106,13 +118,12 @@ class Watchdog(pl.Callback):
         )
 
     def _look_for_slow_ranks(self) -> None:
-        found = slow(self.signs.all(), self.slow_factor)
-        self._slow = {sign.rank: self._slow.get(sign.rank, 0) + 1 for sign, _ in found}
-        for sign, others in found:
-            if self._slow[sign.rank] == LOOKS:
+        for sign, others in slow(self.signs.all(), self.slow_factor):
+            if sign.rank not in self._told:
+                self._told.add(sign.rank)
                 print(
-                    f"warning: rank {sign.rank} ({sign.host}) is slow: its forward pass takes {sign.busy:.2f} s, "
-                    f"that of the other ranks {others:.2f} s, and they wait for it",
+                    f"warning: rank {sign.rank} ({sign.host}) is slow: data and forward pass take it {sign.busy:.2f} s "
+                    f"a step, most of it the {sign.phase}; the other ranks {others:.2f} s, and they wait for it",
                     flush=True,
                 )
 

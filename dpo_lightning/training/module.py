@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -38,8 +39,9 @@ class DPOModule(pl.LightningModule):
         layout: auto, shared or padded; see `choose_layout`.
         skip_spikes: leave out steps that are so many standard deviations above the last ones; None: none.
 
-    `layout` is what was chosen once the model stands on its devices; `whole` the trained weights on the first rank
-    once a sharded training has ended, None where the policy itself is whole.
+    `layout` is what was chosen once the model stands on its devices; `entered` when the last forward pass began, by
+    time.monotonic(); `whole` the trained weights on the first rank once a sharded training has ended, None where the
+    policy itself is whole.
 
     """
 
@@ -60,7 +62,7 @@ class DPOModule(pl.LightningModule):
         self.guard, self.spikes, self.parts = FiniteGuard(), Spikes(skip_spikes), Parts()
         self.grad_norm: Tensor | float | None = None
         self.skipped_steps: int | None = None  # spikes that were left out, if that was asked for
-        self.step_lr = 0.0
+        self.step_lr, self.entered = 0.0, 0.0
         self.started = self.settled = False
         self.whole: dict[str, Tensor] | None = None
 
@@ -109,6 +111,7 @@ class DPOModule(pl.LightningModule):
     def _score(self, batch: Batch) -> tuple[PairLogps, PairLogps]:
         """Score by the reference first, on an empty memory."""
         points.at("forward", self.trainer.global_step)
+        self.entered = time.monotonic()
         reference = self.reference.pair_logps(self.policy, batch)
         return pair_logps(self.policy, batch), reference
 

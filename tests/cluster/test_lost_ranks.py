@@ -14,7 +14,8 @@ import pytest
 from dpo_lightning.checkpoints.resume import to_resume
 from dpo_lightning.cluster import watchdog
 from dpo_lightning.cluster.signs import Sign, behind, slow
-from dpo_lightning.cluster.watchdog import LOOKS, Watchdog
+from dpo_lightning.cluster.watchdog import Watchdog
+from dpo_lightning.data.batches import PairTable
 from tests.nursery import nursery
 from tests.ranks import TINY, environment, environments, fault, run_ranks
 
@@ -102,26 +103,53 @@ class LookOften(pl.Callback):
         watchdog.LOOK = 0.0
 
 
-@pytest.mark.parametrize(("slowed", "steps"), [(True, 30), (False, 200)], ids=["slow", "200 clean steps"])
-def test_a_rank_that_is_slow_in_each_step_is_told_of_once_and_a_clean_run_is_not(tmp_path, cache, slowed, steps):
-    words = [
-        *WORDS[:-1], f"trainer.max_steps={steps}", "strategy=ddp", f"run_dir={tmp_path / 'run'}",
-        "+callbacks.often._target_=tests.cluster.test_lost_ranks.LookOften",
-        "trusted_targets=[tests.cluster.test_lost_ranks.LookOften]",
+class SlowDisk(LookOften):
+    """Has the second rank wait for its data, too."""
+
+    def on_train_start(self, trainer, pl_module):
+        if trainer.global_rank == 1:
+            read = PairTable.__getitem__
+            PairTable.__getitem__ = lambda self, micro: (time.sleep(0.4), read(self, micro))[1]
+
+
+def looked_at(run_dir: Path, steps: int, by: type[LookOften] = LookOften) -> list[str]:
+    """Return the words of a run whose ranks are looked at all the time."""
+    target = f"tests.cluster.test_lost_ranks.{by.__name__}"
+    return [
+        *WORDS[:-1], f"trainer.max_steps={steps}", f"run_dir={run_dir}", f"+callbacks.often._target_={target}",
+        f"trusted_targets=[{target}]",
     ]  # fmt: skip
-    first, second = run_ranks([[*words, *(fault("at=forward;do=sleep:0.4;rank=1") if slowed else [])]], cache)
-    assert first.count("is slow") == slowed
+
+
+@pytest.mark.parametrize(
+    ("strategy", "phase", "by", "words"),
+    [
+        ("ddp", "forward pass", LookOften, fault("at=forward;do=sleep:0.4;rank=1")),
+        ("zero3", "forward pass", LookOften, fault("at=forward;do=sleep:0.4;rank=1")),
+        ("zero2", "data", SlowDisk, []),
+    ],
+    ids=["forward", "before a sharded forward", "data"],
+)
+def test_a_rank_that_is_slow_in_each_step_is_told_of_once(tmp_path, cache, strategy, phase, by, words):
+    run = [*looked_at(tmp_path / "run", 18, by), f"strategy={strategy}", *words]
+    first, second = run_ranks([run], cache)
     assert second.count("is slow") == 0
-    if slowed:
-        (line,) = (line for line in first.splitlines() if "is slow" in line)
-        told = re.fullmatch(
-            r"warning: rank 1 \(.+\) is slow: its forward pass takes ([0-9.]+) s, .* they wait for it", line
-        )
-        assert told and float(told[1]) > 0.4
+    (line,) = (line for line in first.splitlines() if "is slow" in line)
+    told = re.fullmatch(
+        r"warning: rank 1 \(.+\) is slow: data and forward pass take it ([0-9.]+) s a step, most of it the (.+); "
+        r"the other ranks ([0-9.]+) s, and they wait for it", line,
+    )  # fmt: skip
+    assert told and told[2] == phase
+    assert float(told[1]) > 0.4 > float(told[3])
+
+
+def test_in_200_clean_steps_no_rank_is_slow(tmp_path, cache):
+    outputs = run_ranks([[*looked_at(tmp_path / "run", steps=200), "strategy=ddp"]], cache)
+    assert "is slow" not in "".join(outputs)
 
 
 def sign(rank: int, **changes) -> Sign:
-    return Sign(rank, "node", 100 + rank, 9, "backward.begin", 4, 3, 60.0, 0.1)._replace(**changes)
+    return Sign(rank, "node", 100 + rank, 9, "backward.begin", 4, 3, 60.0, 0.1, "data")._replace(**changes)
 
 
 def test_the_rank_that_is_behind_is_the_one_that_the_others_wait_for():
@@ -134,10 +162,10 @@ def test_a_slow_rank_is_told_of_once_and_like_ones_never(capsys):
     watchdog = Watchdog(None, slow_factor=2.0)
     busy = [0.1, 0.35, 0.12, 0.09]
     watchdog.signs.all = lambda: [sign(rank, busy=seconds) for rank, seconds in enumerate(busy)]
-    for _ in range(LOOKS + 5):
+    for _ in range(5):
         watchdog._look_for_slow_ranks()
     told = capsys.readouterr().out
-    assert told.count("warning: rank 1 (node) is slow: its forward pass takes 0.35 s") == 1
+    assert told.count("warning: rank 1 (node) is slow: data and forward pass take it 0.35 s a step") == 1
     busy[1] = 0.11
     assert slow(watchdog.signs.all(), 2.0) == []
     for _ in range(200):
