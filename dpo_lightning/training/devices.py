@@ -30,9 +30,12 @@ def on_cuda(accelerator: str) -> bool:
 
 
 def memory_of_device(accelerator: str, on_this_node: int) -> int:
-    """Return the bytes of memory that a device has for itself; 0 where that is not known, as on a login node."""
+    """Return the bytes of memory that a device has for itself; 0 where that is not known, as on a login node.
+
+    Of unlike GPUs it is the largest one's: a small one for the screen alone must not keep a run from starting.
+    """
     if on_cuda(accelerator):
-        return min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
+        return max(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
     if accelerator != "cpu":
         return 0
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // max(1, on_this_node)
