@@ -13,7 +13,10 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 
 # Files of minutes, longest first: begun last, one of them would leave the other of two processes without work.
-LONG = ("test_strategies.py", "test_golden.py", "test_slurm.py", "test_kill_loop.py", "test_signals.py")
+LONG = (
+    "test_strategies.py", "test_golden.py", "test_lost_ranks.py", "test_slurm.py", "test_reference_cache.py",
+    "test_train.py", "test_kill_loop.py", "test_launch.py", "test_signals.py",
+)  # fmt: skip
 
 os.environ["OMP_NUM_THREADS"] = "1"  # two processes share the machine's cores; read when torch is imported
 os.environ["WANDB_MODE"] = "offline"

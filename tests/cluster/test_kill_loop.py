@@ -13,7 +13,7 @@ KILLS = int(os.environ.get("DPO_LIGHTNING_KILLS", "12"))  # `make soak` asks for
 
 @pytest.mark.timeout(30 * KILLS + 300)
 def test_a_run_survives_being_killed_at_any_instant(tmp_path, cache):
-    steps = max(60, 12 * KILLS)  # a life of many goes on for eight steps or so
+    steps = 6 * KILLS  # a life goes on for three steps or so, five at most
     command = [sys.executable, "-m", "tests.kill_loop", str(tmp_path), str(KILLS), "1", str(steps)]
     done = subprocess.run(command, env=environment(cache), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
