@@ -25,6 +25,13 @@ TINY = [
 ]  # fmt: skip
 
 
+def own_part(p: Any, rank: int) -> torch.Tensor:
+    """Return a rank's part of a weight: all of it, or its ZeRO-3 shard without what pads the last one."""
+    if not hasattr(p, "ds_tensor"):
+        return p.detach()
+    return p.ds_tensor.detach()[: max(0, p.ds_numel - rank * p.ds_tensor.ds_numel)]
+
+
 class Trace(pl.Callback):
     """Appends a line for each step and rank: pairs, and loss, norm, rate, random state and weights to the bit."""
 
@@ -46,7 +53,7 @@ class Trace(pl.Callback):
         weights = hashlib.sha256()
         for p in pl_module.parameters():
             if p.requires_grad:
-                weights.update(getattr(p, "ds_tensor", p).detach().flatten().view(torch.uint8).cpu().numpy().tobytes())
+                weights.update(own_part(p, trainer.global_rank).flatten().view(torch.uint8).cpu().numpy().tobytes())
         line = {
             "step": self.step, "epoch": trainer.current_epoch, "ids": self.ids, **exact, "weights": weights.hexdigest(),
             "random": hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest(),

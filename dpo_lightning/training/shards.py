@@ -58,22 +58,35 @@ class Shards:
 
     def load_weights(self, values: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
         """Set the float32 weights, and those in the precision of the computation that are made of them."""
-        from deepspeed.utils import safe_set_full_fp32_param
-
         for parameter, value in values:
-            safe_set_full_fp32_param(parameter, value.to(self.engine.device))
+            self._set(parameter, value)
         self._refresh()
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
         """Set moments, number of steps and the groups' settings, from `optimizer_state` or torch's AdamW."""
-        from deepspeed.utils import safe_set_full_optimizer_state
-
         self._make_states(state["state"][0]["step"])
         for i, parameter in enumerate(self.parameters):
             for key in MOMENTS:
-                safe_set_full_optimizer_state(parameter, state["state"][i][key].to(self.engine.device), key)
+                self._set(parameter, state["state"][i][key], key)
         for group, saved in zip(self.zero.param_groups, state["param_groups"], strict=True):
             group |= {key: value for key, value in saved.items() if key != "params"}
+
+    def _set(self, parameter: nn.Parameter, whole: Tensor, key: str | None = None) -> None:
+        """Give this rank its part of a weight, or of the moment `key`."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        if self.engine.zero_optimization_stage() == 3:
+            # DeepSpeed's own setter fails where the ranks do not divide the weight: the last part is padded
+            part, _ = self.zero._get_fp32_opt_state_partition(
+                parameter, release_swap_buffers=False, optim_state_key=key
+            )
+            start = self.zero._get_param_partition_rank(parameter) * part.numel()
+            own = whole.flatten()[start : start + part.numel()]
+            part.detach().zero_()[: own.numel()].copy_(own)
+        elif key is None:
+            safe_set_full_fp32_param(parameter, whole.to(self.engine.device))
+        else:
+            safe_set_full_optimizer_state(parameter, whole.to(self.engine.device), key)
 
     def _make_states(self, step: Tensor) -> None:
         """Do what the first step does: give this rank's part of each group its moments."""

@@ -206,6 +206,33 @@ def test_a_run_goes_on_under_another_strategy_and_number_of_ranks(tmp_path, cach
     assert all(a <= b for a, b in itertools.pairwise(row["step"] for row in rows(run)))
 
 
+@pytest.mark.timeout(600)
+def test_shards_that_three_ranks_cannot_cut_evenly_are_resumed(tmp_path, cache):
+    cases = [("zero3", "r16"), ("zero3", "none"), ("zero3_offload", "none")]
+
+    def words(folder: str, strategy: str, lora: str) -> list[str]:
+        run = long_run(tmp_path / folder / name(strategy, lora), strategy, lora, "auto", "32-true")
+        return [word for word in run if not word.startswith("trainer.devices=")] + ["trainer.devices=3"]
+
+    three = ["trainer.max_steps=3", "data.max_pairs=60"]
+    run_ranks([[*words("whole", *case), *three] for case in cases], cache, world=3)
+    (tmp_path / "resumed").mkdir()
+    for case in cases:
+        whole, resumed = (tmp_path / each / name(*case) for each in ("whole", "resumed"))
+        cut(whole, 2, resumed)
+        for file in resumed.glob("trace-*.jsonl"):
+            file.unlink()
+    run_ranks([[*words("resumed", *case), *three] for case in cases], cache, world=3)
+    for case in cases:
+        whole, resumed = (tmp_path / each / name(*case) for each in ("whole", "resumed"))
+        for rank in range(3):
+            expected = trace(whole, rank)
+            assert trace(resumed, rank) == {step: row for step, row in expected.items() if step > 2}
+        assert rows(resumed) == rows(whole)
+        file = "adapter/adapter_model.safetensors" if case[1] == "r16" else "model/model.safetensors"
+        assert (resumed / file).read_bytes() == (whole / file).read_bytes()
+
+
 @pytest.mark.parametrize(
     ("words", "key"),
     [(["loss.beta=0.{rank}5"], "loss.beta: 0.05 on rank 0, 0.15 on rank 1"), (["seed={rank}"], "seed: 0 on rank 0")],
