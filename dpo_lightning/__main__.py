@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -17,9 +18,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dpo_lightning import __version__
+from dpo_lightning.checkpoints import lock
 from dpo_lightning.checkpoints.folder import step_of
-from dpo_lightning.checkpoints.resume import to_resume
-from dpo_lightning.checkpoints.starts import check_progress
+from dpo_lightning.checkpoints.resume import is_first_process, to_resume
+from dpo_lightning.checkpoints.starts import announce, check_progress
 from dpo_lightning.cli import guard
 from dpo_lightning.cli.errors import explain, fail
 from dpo_lightning.cli.hub import prefer_cache
@@ -49,17 +51,30 @@ def run(verb: str, cfg: DictConfig) -> tuple[int, float | None]:
         return submit(cfg, multirun), None
     warn_of_slurm(hydra_config.overrides.task)
     run_dir = run_dir_of(cfg, hydra_config.job.num if multirun else None)
-    resume = to_resume(cfg.resume, run_dir, tidy=verb == "train")
-    if verb == "train":
-        check_progress(run_dir, step_of(resume) if resume else 0, cfg.cluster.max_restarts)
-    prefer_cache(cfg)
-    from dpo_lightning import train
-
-    sweep = multirun or "WANDB_SWEEP_ID" in os.environ
-    code = (train.only_check if verb == "check" else train.train)(cfg, run_dir, resume, sweep)
+    try:
+        code = begin(verb, cfg, run_dir, sweep=multirun or "WANDB_SWEEP_ID" in os.environ)
+    finally:
+        lock.let_go(run_dir)
     from dpo_lightning.outputs.results import last
 
     return code, last(run_dir, cfg.optimized_metric) if multirun and verb == "train" and code == DONE else None
+
+
+def begin(verb: str, cfg: DictConfig, run_dir: Path, sweep: bool) -> int:
+    """Train or check in a run's folder, from the checkpoint that it goes on from; return the exit code."""
+    trains, first = verb == "train", is_first_process()
+    if trains and first:
+        lock.take(run_dir)
+    resume = to_resume(cfg.resume, run_dir, tidy=trains)
+    if trains:
+        step = step_of(resume) if resume else 0
+        check_progress(run_dir, step, cfg.cluster.max_restarts, first)
+        if first:
+            announce(run_dir, step)
+    prefer_cache(cfg)
+    from dpo_lightning import train
+
+    return (train.train if trains else train.only_check)(cfg, run_dir, resume, sweep)
 
 
 def warn_of_ignored(verb: str, overrides: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dpo_lightning.cluster.exits import StorageError
-from dpo_lightning.cluster.interrupt import stoppable
+from dpo_lightning.cluster.interrupt import Interrupt
 from dpo_lightning.data.datamodule import PreferenceData
 from dpo_lightning.model.source import ModelSource
 from dpo_lightning.outputs import results, samples
@@ -22,7 +22,7 @@ from dpo_lightning.training.wandb_run import WandbRun
 
 def finish(
     config: Mapping[str, Any], source: ModelSource, data: PreferenceData, module: DPOModule, run_dir: Path,
-    interrupted: bool,
+    interrupt: Interrupt,
 ) -> None:  # fmt: skip
     """Show what was gained, answer the sample prompts, export, report; `config` is the resolved one."""
     if not module.trainer.global_step:
@@ -32,8 +32,9 @@ def finish(
     module.use_layout("padded")
     results.show_gain(run_dir)
     try:
-        if not interrupted:
-            show_samples(config, data, module, run_dir)
+        if not interrupt.stopping:
+            with interrupt.stoppable():
+                show_samples(config, data, module, run_dir)
     except KeyboardInterrupt:
         print("the answers are skipped")
     finally:  # whatever happens to the answers, the training is not lost
@@ -52,7 +53,7 @@ def show_samples(config: Mapping[str, Any], data: PreferenceData, module: DPOMod
     module.to(module.trainer.strategy.root_device)
     device, precision = module.trainer.strategy.root_device.type, str(module.trainer.precision)
     # DeepSpeed's mixed precision rounds its own copy; this one, whole, has weights of both kinds
-    with stoppable(), torch.autocast(device, torch.bfloat16, enabled=precision.startswith("bf16")):
+    with torch.autocast(device, torch.bfloat16, enabled=precision.startswith("bf16")):
         length = config["samples"]["max_new_tokens"]
         answers = samples.answer(module.policy, module.reference, data.tokenizer, examples, length)
     samples.save(answers, run_dir)

@@ -19,15 +19,16 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from transformers.utils.logging import disable_progress_bar
 
+from dpo_lightning.checkpoints import lock
 from dpo_lightning.checkpoints.changes import changed
 from dpo_lightning.checkpoints.folder import CONFIG, step_of
 from dpo_lightning.checkpoints.resume import ORIGIN, id_of, undo_later
-from dpo_lightning.checkpoints.saver import Checkpoints, Saver
+from dpo_lightning.checkpoints.saver import Checkpoints, Saver, mend
 from dpo_lightning.checkpoints.starts import note
 from dpo_lightning.checkpoints.writer import sweep as remove_leftovers
 from dpo_lightning.cluster import slurm
 from dpo_lightning.cluster.agreement import Agreement, decided_by_rank_0, flat
-from dpo_lightning.cluster.exits import RankLost, TooLarge
+from dpo_lightning.cluster.exits import STORAGE, RankLost, StorageError, TooLarge
 from dpo_lightning.cluster.interrupt import Interrupt
 from dpo_lightning.cluster.watchdog import Watchdog
 from dpo_lightning.data.datamodule import PreferenceData
@@ -84,20 +85,33 @@ def train(cfg: DictConfig, run_dir: Path, resume: Path | None, sweep: bool) -> i
         Agreement(plan, begin), Summary(facts(cfg, source, data, run_dir, resume, strategy)), watchdog,
         Failures(run_dir), log, interrupt,
     ], Checkpoints(run_dir, cfg.checkpoint.every_n_steps, interrupt.words))  # fmt: skip
+    cache = ReferenceCache(cache_dir() / "reference", source.weights_digest, interrupt)
     if cfg.reference.mode == "cached":
-        cache = ReferenceCache(cache_dir() / "reference", source.weights_digest, interrupt)
         trainer.callbacks.append(cache)  # type: ignore[attr-defined]
     module = build_module(cfg, source, data.layout)
-    with loggers.closed(trainer):
+    with loggers.closed(trainer), interrupt.installed():
         trained = fit(trainer, module, data, resume, interrupt, log, watchdog)
         if trained and trainer.is_global_zero and not interrupt.goes_on:
-            finish(plain(cfg), source, data, module, run_dir, interrupt.stopping)
-    if trained:  # launchers kill the first rank in its export when another has gone with an exit code
-        interrupt.words.wait()
+            finish(plain(cfg), source, data, module, run_dir, interrupt)
+        if trained:  # launchers kill the first rank in its export when another has gone with an exit code
+            interrupt.words.wait()
+    return close(run_dir, trainer, interrupt, saver, cache.computed)
+
+
+def close(run_dir: Path, trainer: pl.Trainer, interrupt: Interrupt, saver: Saver, pairs_cached: int) -> int:
+    """Note how a run has ended, and have a job that goes on started again; return the exit code. Collective.
+
+    Raises StorageError where a run was stopped and what it had trained could not be saved.
+    """
+    lost = interrupt.stopping and not interrupt.complete and interrupt.words.highest(saver.refused) > 0
     if trainer.is_global_zero:
-        note(run_dir, end=interrupt.exit_code, step=trainer.global_step)
-        if interrupt.goes_on:
+        code = STORAGE if lost else interrupt.exit_code
+        note(run_dir, end=code, step=trainer.global_step, pairs_cached=pairs_cached)
+        if interrupt.goes_on and not lost:
             slurm.requeue()
+    if lost:
+        then = mend(run_dir / "checkpoints")
+        raise StorageError(f"{run_dir}: what was trained since its last checkpoint could not be saved; {then}")
     return interrupt.exit_code
 
 
@@ -113,21 +127,20 @@ def fit(
         keep_freed_memory()
     if resume is not None:
         trainer.num_sanity_val_steps = 0  # the validation before the first update has been made
-    with interrupt.installed():
-        try:
-            trainer.fit(module, data, ckpt_path=resume, weights_only=True)
-            if not interrupt.stopping and log.is_stale(trainer):
-                trainer.validate(module, data, verbose=False)
-        except SystemExit:  # what Lightning makes of a KeyboardInterrupt
-            if not interrupt.requested:
-                raise
-            return False
-        except torch.OutOfMemoryError as error:
-            raise TooLarge(f"out of memory: {str(error).splitlines()[0]}; {SMALLER}") from error
-        except RuntimeError as error:
-            if TALK.search(str(error)) and (lost := watchdog.lost()):
-                raise RankLost(f"{lost}; the run goes on from its last checkpoint when it is started again") from error
+    try:
+        trainer.fit(module, data, ckpt_path=resume, weights_only=True)
+        if not interrupt.stopping and log.is_stale(trainer):
+            trainer.validate(module, data, verbose=False)
+    except SystemExit:  # what Lightning makes of a KeyboardInterrupt
+        if not interrupt.requested:
             raise
+        return False
+    except torch.OutOfMemoryError as error:
+        raise TooLarge(f"out of memory: {str(error).splitlines()[0]}; {SMALLER}") from error
+    except RuntimeError as error:
+        if TALK.search(str(error)) and (lost := watchdog.lost()):
+            raise RankLost(f"{lost}; the run goes on from its last checkpoint when it is started again") from error
+        raise
     return True
 
 
@@ -142,6 +155,7 @@ def begin_run(cfg: DictConfig, run_dir: Path, trainer: pl.Trainer, resume: Path 
 def open_run(cfg: DictConfig, run_dir: Path, trainer: pl.Trainer, resume: Path | None) -> str:
     """Make the run folder with the resolved configuration, and start the loggers; return the run's id."""
     run_dir.mkdir(parents=True, exist_ok=True)
+    lock.take(run_dir)
     known = id_of(run_dir, resume)
     OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
     remove_leftovers(run_dir / "checkpoints")

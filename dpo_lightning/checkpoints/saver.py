@@ -69,7 +69,7 @@ class Saver(CheckpointIO):
             publish(folder, files, {**self.facts, "step": step}, at=at)
         except OSError as error:  # costs this checkpoint, not the run; the older ones are whole
             self.refused += 1
-            print(f"warning: checkpoint {step} cannot be saved: {error}; the training goes on", flush=True)
+            print(f"warning: checkpoint {step} cannot be saved: {error}", flush=True)
             return
         except Exception as error:
             self._error = error
@@ -96,15 +96,8 @@ class Saver(CheckpointIO):
 
         `checkpoints` is their folder. Collective.
         """
-        refused = words.highest(self.refused)
-        if refused < REFUSED:
-            return
-        left = published(checkpoints)
-        then = f"goes on from {left[0].name}" if left else "starts anew, as there is no checkpoint"
-        raise StorageError(
-            f"{checkpoints}: {refused} checkpoints in a row could not be saved; "
-            f"free space or quota and start the run again: it {then}"
-        )
+        if (refused := words.highest(self.refused)) >= REFUSED:
+            raise StorageError(f"{checkpoints}: {refused} checkpoints in a row could not be saved; {mend(checkpoints)}")
 
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: bool | None = None
@@ -124,6 +117,13 @@ class Saver(CheckpointIO):
     def teardown(self) -> None:
         """Finish before the process goes."""
         self.finish()
+
+
+def mend(checkpoints: Path) -> str:
+    """Return what to do when a disk has refused checkpoints, and what the run then goes on from."""
+    left = published(checkpoints)
+    then = f"goes on from {left[0].name}" if left else "starts anew, as there is no checkpoint"
+    return f"free space or quota and start the run again: it {then}"
 
 
 def _copy(tensor: Tensor) -> Tensor:

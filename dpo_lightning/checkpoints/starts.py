@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 from dpo_lightning.cluster.exits import NoProgress
 
 STARTS = "starts.jsonl"
+GOES_ON = 128 + signal.SIGUSR1  # the exit code of a run that stopped before its end to be started again
 
 
 def note(run_dir: Path, **facts: Any) -> None:
@@ -31,6 +34,14 @@ def note(run_dir: Path, **facts: Any) -> None:
         print(f"warning: {run_dir / STARTS} cannot be written: {error}", flush=True)
 
 
+def announce(run_dir: Path, step: int) -> None:
+    """Note that a process begins to load, for one that never comes to its start; a job's folder is made for it."""
+    if "SLURM_JOB_ID" in os.environ:
+        with suppress(OSError):  # told, with the remedy, when the run is opened
+            run_dir.mkdir(parents=True, exist_ok=True)
+    note(run_dir, begun=step)
+
+
 def read(run_dir: Path) -> list[dict[str, Any]]:
     """Return the rows; a line that a crash cut short is left out."""
     file = run_dir / STARTS
@@ -43,26 +54,51 @@ def read(run_dir: Path) -> list[dict[str, Any]]:
     return [row for row in rows if isinstance(row, dict)]
 
 
-def check_progress(run_dir: Path, step: int, most: int | None) -> None:
-    """Raise NoProgress where the last `most` + 1 starts all began at `step` and none came to an orderly end.
+def check_progress(run_dir: Path, step: int, most: int | None, first: bool = True) -> None:
+    """Raise NoProgress where the last `most` + 1 starts all began at `step` and none of them gained anything.
 
-    `most` is how often a run may be started again without a new checkpoint; None for any number.
+    `most` is how often a run may be started again without a new checkpoint; None for any number. `first`: this is the
+    first process of the run, which announces it after this.
     """
     rows = read(run_dir)
-    since = max((at for at, row in enumerate(rows) if "end" in row), default=-1) + 1
-    starts = [at for at, row in enumerate(rows) if at >= since and "start" in row]
-    others = [at for at in starts if rows[at]["start"] != step]
-    same = [at for at in starts if at > max(others, default=-1)]
+    if not first and rows and "begun" in rows[-1]:
+        rows.pop()  # it may be of this start
+    since = max((at for at, row in enumerate(rows) if "end" in row and _has_gained(row)), default=-1) + 1
+    starts = _starts(rows[since:])
+    others = [n for n, (_, start) in enumerate(starts) if start != step]
+    same = starts[max(others, default=-1) + 1 :]
     if most is None or len(same) <= most:
         return
     raise NoProgress(
         f"{run_dir}: started {len(same)} times from step {step} and never came to a new checkpoint"
-        f"{_told(rows[same[0] :])}; mend the cause, then start it with cluster.max_restarts=null, or more of them"
+        f"{_told(rows[since + same[0][0] :])}; "
+        "mend the cause, then start it with cluster.max_restarts=null, or more of them"
     )
+
+
+def _has_gained(end: Mapping[str, Any]) -> bool:
+    """Return whether an end is one: not of a job whose time was over before its first step, to be started again.
+
+    A job that has made steps starts from another one the next time.
+    """
+    return end["end"] != GOES_ON or bool(end.get("pairs_cached"))
+
+
+def _starts(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, int]]:
+    """Return where each start stands, and the step that it was from; of its two rows the first."""
+    found: list[tuple[int, int]] = []
+    announced = False
+    for at, row in enumerate(rows):
+        if "begun" in row or ("start" in row and not announced):
+            found.append((at, row["begun"] if "begun" in row else row["start"]))
+        announced = "begun" in row
+    return found
 
 
 def _told(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return what the failures said, each text once, the last first."""
+    if any(row.get("end") == GOES_ON for row in rows):
+        return "; the job's time was over, or it was preempted, before it had made a step: give it more"
     failures = {row["failed"]: row for row in rows if "failed" in row}
     texts = [f"{text}, on rank {row.get('rank')} at {_where(row)}" for text, row in reversed(failures.items())]
     return "; it ended with " + ", and with ".join(texts[:2]) if texts else ""

@@ -23,6 +23,7 @@ NOTES = {
     signal.SIGTERM: b"\nSIGTERM: stopping at the end of this step, then saving\n",
     signal.SIGUSR1: b"\nSIGUSR1: stopping at the end of this step, then saving; the run goes on when started again\n",
 }
+COMPLETE = b"\nthe last step has been made: the run comes to its end; Ctrl-C again kills\n"
 UNMEASURED = 60.0  # seconds that a first save is given
 
 
@@ -52,6 +53,7 @@ class Interrupt(pl.Callback):
         self._left_out = False
         self._step = 0
         self._since, self._longest = time.monotonic(), 0.0  # of a step, in seconds
+        self._validating_since, self._longest_validation = time.monotonic(), 0.0
 
     @property
     def requested(self) -> bool:
@@ -79,6 +81,21 @@ class Interrupt(pl.Callback):
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
+    @contextmanager
+    def stoppable(self) -> Iterator[None]:
+        """Let the next signal raise KeyboardInterrupt, for work that can be left out; what comes after it does not."""
+
+        def stop(number: int, frame: Any) -> None:
+            self._take()
+            raise KeyboardInterrupt
+
+        for number in NOTES:
+            signal.signal(number, stop)
+        try:
+            yield
+        finally:
+            self._take()
+
     def _take(self) -> None:
         for number in NOTES:
             signal.signal(number, self._request)
@@ -86,13 +103,15 @@ class Interrupt(pl.Callback):
     def _request(self, number: int, frame: Any) -> None:
         if self.signal is None:
             self.signal = number
-            os.write(2, NOTES[signal.Signals(number)])  # print may be what the signal has interrupted
+            # print may be what the signal has interrupted
+            os.write(2, COMPLETE if self.complete else NOTES[signal.Signals(number)])
         elif number == signal.SIGINT and not self.stopping:
             os._exit(INTERRUPTED)  # checkpoints are published by one rename: none is torn
 
     def on_validation_start(self, trainer: pl.Trainer, *args: Any) -> None:
         """Take the signals back from Lightning, which takes them when it starts to fit or to validate."""
         self._take()
+        self._validating_since = time.monotonic()
 
     def on_train_start(self, trainer: pl.Trainer, *args: Any) -> None:
         """Take the signals where there was no validation before; begin no training that is not wanted any more."""
@@ -100,7 +119,7 @@ class Interrupt(pl.Callback):
         if trainer.is_global_zero:
             self._end = self._end_of_job()
         self._step, self._since = trainer.global_step, time.monotonic()
-        self._agree(trainer)
+        self._agree(trainer, self._left_out)
         trainer.should_stop = trainer.should_stop or self.stopping
         if self._left_out and not self.stopping:
             self._left_out = False
@@ -124,29 +143,33 @@ class Interrupt(pl.Callback):
             return
         self._step, now = trainer.global_step, time.monotonic()
         self._longest, self._since = max(self._longest, now - self._since), now
-        self._agree(trainer)
+        due = validation_is_due(trainer, batch_idx)
+        self._agree(trainer, due)
         if self.stopping:
-            self._left_out = validation_is_due(trainer, batch_idx)
+            self._left_out = due
             trainer.should_stop = True
             trainer.limit_val_batches = 0  # a validation may take longer than there is time
 
     def on_validation_end(self, trainer: pl.Trainer, *args: Any) -> None:
         """Leave the validation out of the next step's time."""
         self._since = time.monotonic()
+        self._longest_validation = max(self._longest_validation, self._since - self._validating_since)
 
-    def _agree(self, trainer: pl.Trainer) -> None:
+    def _agree(self, trainer: pl.Trainer, validation_is_next: bool) -> None:
         """Make the signal of one rank that of all."""
-        if self.signal is None and self._no_time_left():
+        if self.signal is None and self._no_time_left(validation_is_next):
             self.signal = signal.SIGUSR1
             print("the job's time is nearly over: saving; the run goes on when started again", flush=True)
         number = self.words.highest(self.signal or 0)
         self.signal, self.stopping = number or self.signal, bool(number)
         self.complete = trainer.global_step >= trainer.estimated_stepping_batches
 
-    def _no_time_left(self) -> bool:
-        """Return whether one more step could leave too little time for the save after it."""
+    def _no_time_left(self, validation_is_next: bool) -> bool:
+        """Return whether what comes next, one more step at least, could leave too little time for the save after it."""
         saving = self._save_seconds()
         needed = 2 * (UNMEASURED / 2 if saving is None else saving) + 2 * self._longest + 5
+        if validation_is_next:
+            needed += 1.2 * self._longest_validation
         return self._end is not None and time.time() + needed > self._end
 
 
@@ -155,13 +178,3 @@ def validation_is_due(trainer: pl.Trainer, batch_idx: int) -> bool:
     every, epochs = trainer.val_check_batch, trainer.check_val_every_n_epoch
     in_this_epoch = epochs is None or (trainer.current_epoch + 1) % epochs == 0
     return trainer.enable_validation and in_this_epoch and isinstance(every, int) and (batch_idx + 1) % every == 0
-
-
-@contextmanager
-def stoppable() -> Iterator[None]:
-    """Let SIGTERM raise KeyboardInterrupt like Ctrl-C, for work that can be left out."""
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from safetensors import SafetensorError
 
 
 def export(policy: Any, tokenizer: Any, run_dir: Path, merge: bool, card: Callable[[Path, bool], str]) -> Path:
@@ -20,18 +21,29 @@ def export(policy: Any, tokenizer: Any, run_dir: Path, merge: bool, card: Callab
     is_adapter = isinstance(policy, PeftModel) and not merge
     folder = run_dir / ("adapter" if is_adapter else "model")
     scratch = folder.with_name(f".{folder.name}-{os.getpid()}")
-    shutil.rmtree(scratch, ignore_errors=True)
-    if is_adapter:
-        # "auto" would ask the hub whether the vocabulary has grown; it has not
-        policy.save_pretrained(str(scratch), save_embedding_layers=False)
-    else:
-        model: Any = policy.merge_and_unload() if isinstance(policy, PeftModel) else policy
-        model.config.use_cache = True
-        model.save_pretrained(scratch)
-    tokenizer.save_pretrained(scratch)
-    (scratch / "README.md").write_text(card(folder, is_adapter))
-    for file in scratch.iterdir():
-        file.chmod(0o644)  # safetensors come out readable by their owner alone
-    shutil.rmtree(folder, ignore_errors=True)
-    scratch.rename(folder)
+    for left in run_dir.glob(f".{folder.name}-*"):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    try:
+        _write_weights(policy, is_adapter, scratch)
+        tokenizer.save_pretrained(scratch)
+        (scratch / "README.md").write_text(card(folder, is_adapter))
+        for file in scratch.iterdir():
+            file.chmod(0o644)  # safetensors come out readable by their owner alone
+        shutil.rmtree(folder, ignore_errors=True)
+        scratch.rename(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
     return folder
+
+
+def _write_weights(policy: Any, is_adapter: bool, scratch: Path) -> None:
+    try:
+        if is_adapter:
+            # "auto" would ask the hub whether the vocabulary has grown; it has not
+            policy.save_pretrained(str(scratch), save_embedding_layers=False)
+        else:
+            model: Any = policy.merge_and_unload() if isinstance(policy, PeftModel) else policy
+            model.config.use_cache = True
+            model.save_pretrained(scratch)
+    except SafetensorError as error:  # of a full disk, too
+        raise OSError(str(error)) from error

@@ -53,6 +53,7 @@ class ReferenceCache(pl.Callback):
     def __init__(self, folder: Path, weights_digest: Callable[[], str], interrupt: Interrupt):
         self.folder, self.weights_digest, self.interrupt = folder, weights_digest, interrupt
         self.cannot_keep = False
+        self.computed = 0  # pairs, by all ranks
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Look up every pair that the run can meet, compute the missing ones, the longest first, and keep them."""
@@ -123,6 +124,7 @@ class ReferenceCache(pl.Callback):
                 computed[n][rows] = torch.stack([logps.chosen, logps.rejected], 1)
                 self._keep(store, work[n].keys_N[rows], computed[n][rows].cpu().numpy())
             done += sum(len(batch.rows) for _, batch in todo[first : first + world])
+            self.computed = done
             if trainer.is_global_zero and time.perf_counter() - told > TOLD_EVERY:
                 told = time.perf_counter()
                 print(f"reference: {done} of {sum(len(part.missing) for part in work)} missing pairs done", flush=True)

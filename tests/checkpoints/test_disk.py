@@ -1,7 +1,9 @@
 """A disk that is really full, or read-only: a small file system of its own, mounted in a namespace of its own."""
 
 import json
+import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
+from peft import PeftModel
+from safetensors import SafetensorError
 
 from tests.ranks import ROOT, TINY, environment, fault, run_ranks
 
@@ -101,6 +105,35 @@ def test_all_ranks_end_with_one_code(tmp_path, cache):
              "checkpoint.every_n_steps=1", f"run_dir={tmp_path / 'run'}"]  # fmt: skip
     for output in run_ranks([[*words, *fault("at=save.before_manifest;do=enospc")]], cache, code=5):
         assert "3 checkpoints in a row could not be saved" in output
+
+
+class Preempted(pl.Callback):
+    """Signals the second rank in its second step."""
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        if trainer.global_rank == 1 and trainer.global_step == 2:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def test_a_run_that_cannot_be_saved_where_it_is_stopped_is_not_said_to_be(tmp_path, cache):
+    target = "tests.checkpoints.test_disk.Preempted"
+    words = [*TINY, "trainer.devices=2", "strategy=ddp", "data.batch_size=2", f"run_dir={tmp_path / 'run'}",
+             f"+callbacks.preempted._target_={target}", f"trusted_targets=[{target}]"]  # fmt: skip
+    for output in run_ranks([[*words, *fault("at=save.before_manifest;do=enospc")]], cache, code=5):
+        assert "since its last checkpoint could not be saved; free space or quota and start the run again" in output
+    assert '"end": 5' in (tmp_path / "run" / "starts.jsonl").read_text()
+
+
+def test_a_disk_that_is_full_when_weights_are_exported_is_one_line(tmp_path, cli, capsys, monkeypatch):
+    def full(self: Any, folder: str, **options: Any) -> None:
+        Path(folder).mkdir()
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(PeftModel, "save_pretrained", full)
+    run = tmp_path / "run"
+    assert cli(*TINY, "trainer.max_steps=1", f"run_dir={run}") == 5
+    assert f"error: {run}: cannot be exported (Error while serializing" in capsys.readouterr().err
+    assert not list(run.glob(".adapter-*"))
 
 
 def main(disk: Path) -> list[dict[str, Any]]:

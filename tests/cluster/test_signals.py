@@ -3,6 +3,8 @@
 import os
 import signal
 import stat
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,9 @@ import torch
 
 from dpo_lightning.checkpoints.folder import published, step_number, verify
 from dpo_lightning.cluster import slurm
+from dpo_lightning.cluster.exits import NO_PROGRESS
 from dpo_lightning.cluster.interrupt import Interrupt
-from tests.ranks import TINY, fault, rows, run_ranks, trace, traced
+from tests.ranks import ROOT, TINY, environment, fault, rows, run_ranks, trace, traced
 
 WORDS = [
     *TINY, "trainer.max_epochs=2", "data.batch_size=2", "trainer.accumulate_grad_batches=2", "lora.lora_dropout=0.1",
@@ -133,6 +136,72 @@ def test_a_run_stops_by_itself_while_there_is_time_for_a_save(tmp_path):
     assert 5 < end - time.time() < 7
 
 
+class SlowValidation(Two):
+    """Validates for a second after each step."""
+
+    def validation_step(self, batch, batch_idx):
+        time.sleep(1)
+
+    def val_dataloader(self):
+        return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.zeros(1)))
+
+
+def test_a_run_stops_while_there_is_time_for_a_save_and_not_for_the_validation_before_it(tmp_path):
+    end = time.time() + 9
+    interrupt = Interrupt(lambda: end, lambda: 0.5)
+    trainer = fit(SlowValidation(), interrupt, tmp_path, max_epochs=-1, val_check_interval=1)
+    assert trainer.global_step > 1
+    assert interrupt.state_dict() == {"validation_left_out": True}
+    assert 6 < end - time.time() < 8
+
+
+def test_only_the_first_signal_stops_what_can_be_left_out():
+    interrupt = Interrupt()
+    with interrupt.installed():
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            with pytest.raises(KeyboardInterrupt), interrupt.stoppable():
+                try:
+                    os.kill(os.getpid(), number)
+                finally:
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+
+ENDING = """
+import os, sys
+from peft import PeftModel
+from dpo_lightning.__main__ import main
+from dpo_lightning.outputs import samples
+
+def signalled(work):
+    def with_signals(*args, **kwargs):
+        for number in map(int, sys.stdin.readline().split()):
+            os.kill(os.getpid(), number)
+        return work(*args, **kwargs)
+    return with_signals
+
+PeftModel.save_pretrained = signalled(PeftModel.save_pretrained)
+samples.generate = signalled(samples.generate)
+main()
+"""
+
+
+def test_signals_while_a_run_answers_and_exports_do_not_keep_it_from_its_end(tmp_path, cache):
+    run = tmp_path / "run"
+    (run / ".adapter-1").mkdir(parents=True)  # a process was killed there
+    words = [*TINY[:3], *TINY[4:], "samples.count=1", "trainer.max_steps=1", f"run_dir={run}"]
+    signals = f"{signal.SIGTERM:d} {signal.SIGTERM:d}\n{signal.SIGTERM:d} {signal.SIGUSR1:d}\n"
+    done = subprocess.run(
+        [sys.executable, "-c", ENDING, *words], input=signals, env=environment(cache), capture_output=True, text=True,
+        cwd=ROOT, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "the answers are skipped" in done.stdout
+    assert "the last step has been made" in done.stderr
+    assert (run / "adapter" / "adapter_model.safetensors").exists()
+    assert not list(run.glob(".adapter-*"))
+    assert '"end": 0' in (run / "starts.jsonl").read_text()
+
+
 def test_what_comes_after_the_first_signal_changes_nothing():
     interrupt = Interrupt()
     with interrupt.installed():
@@ -149,12 +218,15 @@ def test_a_job_at_its_end_begins_nothing_and_is_requeued_once(tmp_path, cache):
     commands.mkdir()
     write_command(commands / "scontrol", f'echo "$@" >> {calls}')
     inside = [
-        *traced(tmp_path / "run", *WORDS[:-2]), f"env:PATH={commands}:{os.environ['PATH']}", "env:SLURM_JOB_ID=77",
+        *traced(tmp_path / "run", *WORDS[:-2], "reference=adapter_off"),
+        f"env:PATH={commands}:{os.environ['PATH']}", "env:SLURM_JOB_ID=77",
         f"env:SLURM_JOB_END_TIME={time.time() + 30}",
     ]  # fmt: skip
-    (output,) = run_ranks([inside, [*inside, "env:DPO_LIGHTNING_REQUEUE=outer"]], cache, world=1, code=138)
+    outer = [*inside, "env:DPO_LIGHTNING_REQUEUE=outer", "cluster.max_restarts=1"]
+    (output,) = run_ranks([inside, outer, outer], cache, world=1, code=[138, 138, NO_PROGRESS])
     assert output.count("the job's time is nearly over") == 2
     assert calls.read_text() == "requeue 77\n"
+    assert "started 2 times from step 0 and never came to a new checkpoint; the job's time was over" in output
 
 
 def write_command(file: Path, body: str) -> None:

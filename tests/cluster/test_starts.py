@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dpo_lightning.checkpoints.starts import STARTS, check_progress, note, read
+from dpo_lightning.checkpoints.starts import STARTS, announce, check_progress, note, read
 from dpo_lightning.cluster.exits import NoProgress
 from tests.ranks import TINY, fault, run_ranks, traced
 
@@ -49,13 +49,31 @@ def rows_of(*rows):
     [
         ([{"start": 8}] * 4, True),
         ([{"start": 8}] * 3, False),
-        ([{"start": 8}] * 3 + [{"end": 138}] + [{"start": 8}], False),
-        ([{"start": 8}] * 3 + [{"end": 138}] + [{"start": 8}] * 4, True),
+        ([{"start": 8}] * 3 + [{"end": 143}] + [{"start": 8}], False),
+        ([{"start": 8}] * 3 + [{"end": 143}] + [{"start": 8}] * 4, True),
         ([{"start": 0}] * 4 + [{"start": 8}], False),
         ([{"start": 8}] * 3 + [{"start": 4}] + [{"start": 8}], False),
         ([], False),
+        ([{"begun": 8}, {"start": 8}] * 3, False),
+        ([{"begun": 8}, {"start": 8}] * 3 + [{"begun": 8}], True),
+        ([{"begun": 8}] * 4, True),
+        ([{"begun": 8}, {"start": 8}, {"end": 138, "pairs_cached": 0}] * 4, True),
+        ([{"begun": 8}, {"start": 8}, {"end": 138, "pairs_cached": 60}] * 4, False),
     ],
-    ids=["four", "three", "one ended well", "four after that", "it had progressed", "a rollback between", "none"],
+    ids=[
+        "four",
+        "three",
+        "one ended well",
+        "four after that",
+        "it had progressed",
+        "a rollback between",
+        "none",
+        "each in two rows",
+        "one that only loaded",
+        "all only loaded",
+        "no time for a step",
+        "a growing cache",
+    ],
 )
 def test_only_starts_in_a_row_that_failed_count(tmp_path, rows, stops):
     (tmp_path / STARTS).write_text(rows_of(*rows) + '{"start": 8')
@@ -65,6 +83,22 @@ def test_only_starts_in_a_row_that_failed_count(tmp_path, rows, stops):
     else:
         check_progress(tmp_path, 8, 3)
     check_progress(tmp_path, 8, None)
+
+
+def test_a_later_rank_does_not_count_the_start_that_the_first_has_announced(tmp_path):
+    (tmp_path / STARTS).write_text(rows_of(*[{"begun": 8}] * 4))
+    check_progress(tmp_path, 8, 3, first=False)
+    with pytest.raises(NoProgress):
+        check_progress(tmp_path, 8, 3)
+
+
+def test_a_job_that_is_ended_while_it_loads_is_on_record(tmp_path, cache, monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    announce(tmp_path / "absent", 0)
+    assert read(tmp_path / "absent") == []
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    announce(tmp_path / "job", 0)
+    assert [row["begun"] for row in read(tmp_path / "job")] == [0]
 
 
 def test_a_start_that_had_no_folder_yet_leaves_nothing(tmp_path):

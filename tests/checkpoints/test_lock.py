@@ -1,0 +1,72 @@
+"""Two processes never train in one run folder."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import lightning.pytorch as pl
+import pytest
+
+from dpo_lightning.checkpoints import lock
+from dpo_lightning.types import UserError
+from tests.ranks import ROOT, TINY
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from dpo_lightning.checkpoints import lock
+lock.take(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(float(sys.argv[2]))
+"""
+
+
+def other(run_dir, seconds):
+    """Start a process that holds the lock of a folder for a while."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(run_dir), str(seconds)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_folder_is_one_process_until_that_ends_however(tmp_path, cli, capsys):
+    holder = other(tmp_path, 999)
+    assert cli(*TINY, "trainer.max_steps=1", f"run_dir={tmp_path}") == 2
+    assert f"error: run_dir={tmp_path}: process {holder.pid} on " in capsys.readouterr().err
+    assert cli("check", *TINY, f"run_dir={tmp_path}") == 0
+    holder.send_signal(signal.SIGKILL)
+    holder.communicate()
+    assert cli(*TINY, "trainer.max_steps=1", f"run_dir={tmp_path}") == 0
+    other(tmp_path, 0).communicate()  # a run that has ended holds nothing
+
+
+class Intruder(pl.Callback):
+    """Another process that would train in the folder, when training has begun."""
+
+    def on_train_start(self, trainer, pl_module):
+        command = [sys.executable, "-c", HOLD, trainer.default_root_dir, "0"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        assert f"process {os.getpid()} on " in done.stderr
+
+
+def test_a_run_that_has_made_its_folder_holds_it(tmp_path, cli):
+    target = "tests.checkpoints.test_lock.Intruder"
+    intruder = [f"+callbacks.intruder._target_={target}", f"trusted_targets=[{target}]"]
+    assert cli(*TINY, *intruder, "trainer.max_steps=1", f"run_dir={tmp_path / 'run'}") == 0
+
+
+def test_a_job_that_is_started_again_waits_for_its_own_last_process(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    holder = other(tmp_path, 2)
+    lock.take(tmp_path)
+    lock.let_go(tmp_path)
+    holder.communicate()
+    monkeypatch.setattr(lock, "PATIENCE", 0.0)
+    holder = other(tmp_path, 999)
+    with pytest.raises(UserError, match="trains there; wait for its end"):
+        lock.take(tmp_path)
+    holder.kill()
+    holder.communicate()
