@@ -89,7 +89,7 @@ CHECKS: dict[str, Check] = {
     "resume_allow": TEXTS,
     "checkpoint.every_n_steps": _optional(COUNT),
     "checkpoint.keep_last": _optional(COUNT),
-    "cluster.hang_seconds": _optional(POSITIVE),
+    "cluster.hang_seconds": _optional((lambda v: _number(v) and v >= 1, "a number of seconds, 1 or more")),
     "cluster.slow_factor": (lambda v: _number(v) and v > 1, "a number above 1"),
     "cluster.max_restarts": _optional((lambda v: _integer(v) and v >= 0, "a whole number, 0 or more")),
     "slurm.partition": _optional(NAME),

@@ -268,7 +268,7 @@ BAD: dict[str, list[object]] = {
     "checkpoint.every_n_steps": [0, "auto"],
     "checkpoint.keep_last": [0, 1.5],
     "skip_spikes": [0, -1, "six"],
-    "cluster.hang_seconds": [0, "long"],
+    "cluster.hang_seconds": [0, 1e-9, 0.9, "long"],
     "cluster.slow_factor": [1, None],
     "cluster.max_restarts": [-1, 1.5],
     "optimized_metric": ["loss", None],
