@@ -5,12 +5,14 @@ Memory stays flat: rows stream through in batches, and the table is read from di
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ VERSION = 5  # part of the key: raise it when the same rows would give other ids
 TOKENIZER_BATCH = 1000
 SIDES = ("prompt", "chosen", "rejected")
 SHOWN = 5  # bad rows that are named before the rest is counted
+REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}  # a write, by the disk
 
 
 @dataclass
@@ -49,6 +52,19 @@ def cache_dir() -> Path:
     return Path(os.environ.get("DPO_LIGHTNING_CACHE", Path(home, "dpo_lightning")))
 
 
+@contextmanager
+def writes_cache() -> Iterator[None]:
+    """Make one line of what hinders a write into `cache_dir`. Raises UserError."""
+    try:
+        yield
+    except OSError as error:
+        first = _refused(error) or error  # `datasets` raises another in its place
+        raise UserError(
+            f"the cache {cache_dir()} cannot be written ({' '.join((first.strerror or str(first)).split())}); "
+            "free space or set DPO_LIGHTNING_CACHE to another folder"
+        ) from error
+
+
 def prepare(
     source: Source, tokenizer: Any, max_length: int, template: str, max_pairs: int | None
 ) -> tuple[Any, Census]:
@@ -57,7 +73,8 @@ def prepare(
     Columns: prompt, chosen, rejected, lists of int32; lengths, their three lengths; key, 16 bytes that change with
     any token; prompt_key, int64; question, text.
 
-    The rows must have passed `validate`. Raises UserError if the template refuses a row, or nothing is left of any.
+    The rows must have passed `validate`. Raises UserError if the template refuses a row, nothing is left of any, or
+    the cache cannot be written.
     """
     from datasets import Dataset, Features, List, Value
     from datasets.exceptions import DatasetGenerationError
@@ -72,18 +89,21 @@ def prepare(
         "prompt_key": Value("int64"),
         "question": Value("string"),
     }
-    try:
-        table = Dataset.from_generator(
-            _tokenized,
-            features=Features(columns),
-            cache_dir=str(cache_dir() / "data"),
-            gen_kwargs={"job": _Job(source, tokenizer, max_length, template, max_pairs, census_file)},
-            fingerprint=key,
-        )
-    except DatasetGenerationError as error:
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from None
-        raise
+    with writes_cache():
+        try:
+            table = Dataset.from_generator(
+                _tokenized,
+                features=Features(columns),
+                cache_dir=str(cache_dir() / "data"),
+                gen_kwargs={"job": _Job(source, tokenizer, max_length, template, max_pairs, census_file)},
+                fingerprint=key,
+            )
+        except DatasetGenerationError as error:
+            if isinstance(error.__cause__, UserError):
+                raise error.__cause__ from None
+            if (refused := _refused(error)) is not None:
+                raise refused from None
+            raise
     return table, Census(**json.loads(census_file.read_text()))
 
 
@@ -93,8 +113,9 @@ def validate(source: Source) -> None:
     Rows that have passed once are not read again as long as they do not change.
     """
     passed = cache_dir() / "data" / f"valid-{VERSION}-{hashlib.sha256(source.digest().encode()).hexdigest()[:32]}"
-    if passed.exists():
-        return
+    with writes_cache():
+        if passed.exists():
+            return
     census, bad = Census(), []
     for place, row in source.rows():
         census.rows += 1
@@ -111,8 +132,16 @@ def validate(source: Source) -> None:
     if not census.pairs:
         why = ", ".join(f"{n} {reason}" for reason, n in census.skipped.items()) or "it has no rows"
         raise UserError(f"{source.name}: no usable pair ({why}); give rows with a prompt and two different answers")
-    passed.parent.mkdir(parents=True, exist_ok=True)
-    passed.touch()
+    with writes_cache():
+        passed.parent.mkdir(parents=True, exist_ok=True)
+        passed.touch()
+
+
+def _refused(error: BaseException | None) -> OSError | None:
+    """Return what a disk refused, out of the causes of an error; None where it was something else, as in reading."""
+    while error is not None and not (isinstance(error, OSError) and error.errno in REFUSED):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 @dataclass

@@ -92,6 +92,17 @@ def test_a_folder_that_is_read_only_is_refused_before_anything_is_loaded(tmp_pat
     assert "hydra" in imported and not imported & {"torch", "lightning", "transformers"}
 
 
+@pytest.mark.parametrize(("options", "why"), [("ro", "Read-only file system"), ("size=40k", "No space left on device")])
+def test_a_cache_that_cannot_be_written_is_one_line(options, why, tmp_path):
+    disk = tmp_path / "disk"
+    command = [sys.executable, "-m", "dpo_lightning", "check", *WORDS]
+    done = on_a_disk(options, disk, *command, env=environment(disk, LOCAL_RANK="0"))
+    told = [line for line in done.stderr.splitlines() if not line.startswith("Generating")]
+    remedy = "free space or set DPO_LIGHTNING_CACHE to another folder"
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert told == [f"error: the cache {disk} cannot be written ({why}); {remedy}"]
+
+
 def test_a_folder_that_turns_out_unwritable_is_one_line_too(tmp_path, cli, capsys):
     run = tmp_path / "run"
     (run / "config.yaml").mkdir(parents=True)  # what the first file written meets

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import random
+import re
+import resource
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -185,10 +189,51 @@ def test_a_table_that_was_not_finished_is_made_again(
     with monkeypatch.context() as patch:
         patch.setattr(room, "TOKENIZER_BATCH", 2)
         patch.setattr(room, "tokenize_pairs", stumbling)
-        with pytest.raises(DatasetGenerationError):
+        with pytest.raises(DatasetGenerationError) as raised:
             made(given, tokenizer)
+        assert str(raised.value.__cause__) == "disk full"
     table, census = made(given, tokenizer)
     assert (len(table), census.pairs) == (6, 6)
+
+
+def told_of(cache: Path, why: str) -> str:
+    remedy = "free space or set DPO_LIGHTNING_CACHE to another folder"
+    return re.escape(f"the cache {cache} cannot be written ({why}); {remedy}") + "$"
+
+
+def test_a_cache_that_cannot_be_written_is_told_in_a_line(
+    tmp_path: Path, cache: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = source(tmp_path, ROWS)
+    cache.touch()  # a file in the folder's place
+    with pytest.raises(UserError, match=told_of(cache, "Not a directory")):
+        validate(given)
+    with pytest.raises(UserError, match=told_of(cache, "Not a directory")):
+        prepare(given, tokenizer, 100, "plain", None)
+
+    def read_only(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    cache.unlink()
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    with pytest.raises(UserError, match=told_of(cache, "Read-only file system")):
+        validate(given)
+
+
+@pytest.mark.parametrize("room_for", [100, 20_000])  # the first write, the table in its midst
+def test_a_cache_on_a_full_disk_is_told_in_a_line(room_for: int, tmp_path: Path, cache: Path, tokenizer: Any) -> None:
+    given = source(tmp_path, [{**row, "chosen": row["chosen"] * 500} for row in ROWS])
+    validate(given)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room_for, limit[1]))
+    try:
+        with pytest.raises(UserError, match=told_of(cache, "File too large")):
+            prepare(given, tokenizer, 4000, "plain", None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    assert len(prepare(given, tokenizer, 4000, "plain", None)[0]) == 6
 
 
 def test_the_users_mistakes_come_through_the_table_maker_as_they_are(tmp_path: Path, tokenizer: Any) -> None:
