@@ -240,6 +240,17 @@ def test_verbs_on_finished_runs(verb: str, folder: Path, main: Main) -> None:
     assert_told("\n".join(lines[1:]), [f"run_dir={folder}/own: no metrics.jsonl", "give"], folder)
 
 
+@pytest.mark.parametrize("verb", ["report", "compare"])
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [("{bad", "not a line of JSON"), ("[1]", "not a row with a step"), ('{"val/loss": 1}', "not a row with a step")],
+)
+def test_a_bad_line_among_the_metrics_is_named(line: str, why: str, verb: str, folder: Path, main: Main) -> None:
+    file = folder / "old" / "metrics.jsonl"
+    file.write_text(f'{{"step": 0, "val/loss": 1}}\n{line}\n{{"step": 1, "val/loss": 1}}\n{{"step": 2, "val')
+    assert main(verb, f"run_dir={folder}/old") == f"error: {file}, line 2: {why}; remove it\n"
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -20,12 +20,22 @@ ROWS = {
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
-    """Return metrics.jsonl's objects; a last line cut short by a crash is left out."""
+    """Return metrics.jsonl's objects; a last line cut short by a crash is left out, a UserError names another."""
     file = run_dir / "metrics.jsonl"
     if not file.is_file():
         raise UserError(f"run_dir={run_dir}: no metrics.jsonl there; give the folder of a run")
-    lines = file.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = file.read_text(errors="replace").splitlines(keepends=True)
+    return [_row(line, f"{file}, line {number}") for number, line in enumerate(lines, 1) if line.endswith("\n")]
+
+
+def _row(line: str, place: str) -> dict[str, float]:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        raise UserError(f"{place}: not a line of JSON; remove it") from None
+    if not (isinstance(row, dict) and "step" in row):
+        raise UserError(f"{place}: not a row with a step; remove it")
+    return row
 
 
 def validations(run_dir: Path) -> list[dict[str, float]]:

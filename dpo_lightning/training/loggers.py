@@ -20,6 +20,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from dpo_lightning.types import UserError
+
 log = logging.getLogger(__name__)
 
 KEPT = 10_000  # rows that wait in memory for a disk that takes them
@@ -76,12 +78,25 @@ class JsonlLogger(Logger):
 
     @rank_zero_only
     def rewind(self, step: int) -> None:
-        """Drop what was logged after `step`, which a run resumed there logs again; make the file. Raises OSError."""
-        rows = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-        kept = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= step]
+        """Drop what was logged after `step`, which a run resumed there logs again; make the file.
+
+        Raises OSError, and UserError for a line that is no row.
+        """
+        lines = self.path.read_text(errors="replace").splitlines(keepends=True) if self.path.exists() else []
+        rows = [(number, line) for number, line in enumerate(lines, 1) if line.endswith("\n")]
+        kept = [line for number, line in rows if self._step(number, line) <= step]
         scratch = self.path.with_suffix(".tmp")
         scratch.write_text("".join(kept))
         scratch.replace(self.path)
+
+    def _step(self, number: int, line: str) -> int:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            raise UserError(f"{self.path}, line {number}: not a line of JSON; remove it") from None
+        if not (isinstance(row, dict) and "step" in row):
+            raise UserError(f"{self.path}, line {number}: not a row with a step; remove it")
+        return row["step"]
 
     @rank_zero_only
     def close(self, exit_code: int) -> None:

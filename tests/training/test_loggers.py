@@ -10,6 +10,7 @@ import pytest
 
 from dpo_lightning.training import loggers
 from dpo_lightning.training.loggers import JsonlLogger, closed, csv_logger
+from dpo_lightning.types import UserError
 
 FULL = Path("/dev/full")  # every write to it fails with ENOSPC
 
@@ -96,6 +97,22 @@ def test_rewind_drops_what_comes_later_and_what_was_cut_short(logger):
     logger.rewind(4)
     assert steps(logger.path) == [0, 4, 4]
     assert [path.name for path in logger.path.parent.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [(b"{bad", "not a line of JSON"), (b"\xff\0", "not a line of JSON"), (b"[1]", "not a row with a step")],
+)
+def test_rewind_names_a_line_that_is_no_row(line, why, logger):
+    log(logger, 0)
+    with logger.path.open("ab") as file:
+        file.write(line + b"\n")
+    log(logger, 1)
+    written = logger.path.read_bytes()
+    with pytest.raises(UserError) as raised:
+        logger.rewind(0)
+    assert str(raised.value) == f"{logger.path}, line 2: {why}; remove it"
+    assert logger.path.read_bytes() == written
 
 
 def test_the_csv_file_is_written_when_it_can_be(tmp_path, told, monkeypatch):
