@@ -1,5 +1,6 @@
 """The command as a user runs it, from rows to an exported folder that other libraries load."""
 
+import dataclasses
 import json
 import math
 import os
@@ -8,10 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from dpo_lightning.outputs import results
+from dpo_lightning.outputs.card import Card
 
 TINY = ["model=tiny", "logger=none", "callbacks=none", "trainer.precision=32-true", "samples.count=0"]
 
@@ -55,6 +60,22 @@ def test_a_run_leaves_what_it_promises(cli, metrics, tmp_path):
     quick_start(run / "model")
     assert cli("report", f"run_dir={run}") == 0
     assert cli("compare", f"run_dir='{run},{run}'") == 0
+
+
+def test_a_validation_that_lacks_a_metric_is_shown_without_it(cli, tmp_path, capsys):
+    first, last = {"step": 0, "val/loss": 0.7}, {"step": 6, "val/loss": 0.5, "val/rewards/margins": 0.25}
+    (tmp_path / "metrics.jsonl").write_text(f"{json.dumps(first)}\n{json.dumps(last)}\n")
+    assert cli("report", f"run_dir={tmp_path}") == 0
+    rows = [re.findall("<td>(.*?)</td>", row) for row in (tmp_path / "report.html").read_text().split("<tr>")[2:]]
+    assert rows == [["loss", "0.7000", "0.5000"], ["reward margin", "-", "0.2500"]]
+    capsys.readouterr()
+    results.show_gain(tmp_path)
+    shown = [line.split() for line in capsys.readouterr().out.replace("│", " ").splitlines()]
+    assert ["loss", "0.7000", "0.5000"] in shown and ["reward", "margin", "-", "0.2500"] in shown
+    assert not [line for line in shown if "accuracy" in line]
+    nothing: dict[str, Any] = dict.fromkeys(field.name for field in dataclasses.fields(Card))
+    card = Card(**{**nothing, "validations": [first, last]})._result().splitlines()
+    assert card[2:] == ["| loss | 0.7000 | 0.5000 |", "| reward margin | - | 0.2500 |"]
 
 
 @pytest.mark.parametrize(("experiment", "folder"), [("gemma_fashion_dpo", "adapter"), ("llama_explainer_dpo", "model")])

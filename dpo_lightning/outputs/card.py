@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_lightning import __version__
-from dpo_lightning.outputs.results import ROWS
+from dpo_lightning.outputs.results import figures
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 PACKAGES = ("torch", "transformers", "peft", "lightning", "datasets")
@@ -147,7 +147,7 @@ class Card:
             return "No validation was run."
         first, last = self.validations[0], self.validations[-1]
         head = f"| held-out pairs | step {first['step']} | step {last['step']} |\n|---|---|---|\n"
-        return head + "\n".join(f"| {name} | {first[key]:.4f} | {last[key]:.4f} |" for key, name in ROWS.items())
+        return head + "\n".join(f"| {name} | {' | '.join(values)} |" for name, values in figures([first, last]))
 
 
 def merged_card(text: str, adapter: Path, model: Path) -> str:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dpo_lightning.outputs.results import ROWS, read_metrics
+from dpo_lightning.outputs.results import figures, read_metrics
 
 PLOTS = {
     "loss": ("train/loss", "val/loss"),
@@ -76,7 +76,7 @@ def _gain(rows: list[dict[str, float]]) -> list[list[Any]]:
     if not vals:
         return []
     head = ["validation", *(f"step {row['step']}" for row in vals)]
-    return [head, *([name, *(f"{row[key]:.4f}" for row in vals)] for key, name in ROWS.items())]
+    return [head, *([name, *values] for name, values in figures(vals))]
 
 
 def _samples(file: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -43,6 +44,13 @@ def validations(run_dir: Path) -> list[dict[str, float]]:
     return [row for row in read_metrics(run_dir) if "val/loss" in row]
 
 
+def figures(rows: Sequence[Mapping[str, float]]) -> Iterator[tuple[str, list[str]]]:
+    """Yield each metric that one of the validations has, by its name, with its values as text, - where one lacks it."""
+    for key, name in ROWS.items():
+        if any(key in row for row in rows):
+            yield name, [f"{row[key]:.4f}" if key in row else "-" for row in rows]
+
+
 def last(run_dir: Path, key: str) -> float | None:
     """Return a metric of the last validation, or None where none was made."""
     rows = validations(run_dir)
@@ -60,6 +68,6 @@ def show_gain(run_dir: Path) -> None:
     table.add_column("")
     for name in shown:
         table.add_column(name, justify="right")
-    for key, name in ROWS.items():
-        table.add_row(name, *(f"{row[key]:.4f}" for row in shown.values()))
+    for name, values in figures([*shown.values()]):
+        table.add_row(name, *values)
     Console().print(table)
