@@ -240,6 +240,18 @@ def test_verbs_on_finished_runs(verb: str, folder: Path, main: Main) -> None:
     assert_told("\n".join(lines[1:]), [f"run_dir={folder}/own: no metrics.jsonl", "give"], folder)
 
 
+@pytest.mark.parametrize("name", ["plots", "report.html"])
+def test_a_report_that_cannot_be_written_is_told(name: str, folder: Path, main: Main) -> None:
+    place = folder / "old" / name
+    if name == "plots":  # a file where a folder is made, a folder where a file is written
+        place.touch()
+    else:
+        place.mkdir()
+    (line,) = main("report", f"run_dir={folder}/old").splitlines()
+    assert line.startswith(f"error: run_dir={folder}/old: the report cannot be written ([Errno "), line
+    assert str(place) in line and "; free space, or copy the run to a folder that may be written" in line
+
+
 @pytest.mark.parametrize("verb", ["report", "compare"])
 @pytest.mark.parametrize(
     ("line", "why"),

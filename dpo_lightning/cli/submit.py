@@ -35,7 +35,8 @@ def submit(cfg: DictConfig, run_dir: Path, words: Sequence[str]) -> int:
         run_dir: the job's run folder, which every node has to see.
         words: the command line that made `cfg`, without the verb.
 
-    Raises UserError for what no job can be made of, where there is no sbatch, and for what sbatch refuses.
+    Raises UserError for what no job can be made of, where there is no sbatch, where the folder cannot be written, and
+    for what sbatch refuses.
 
     """
     options = options_of(cfg, run_dir)
@@ -43,11 +44,14 @@ def submit(cfg: DictConfig, run_dir: Path, words: Sequence[str]) -> int:
         raise UserError("sbatch: no such command here; submit from a login node, or write the file alone with "
                         "slurm.dry_run=true")  # fmt: skip
     file = run_dir / "job.sbatch"
+    text = job_text(cfg, options, [*_kept(words), f"run_dir={_hydra_quoted(str(run_dir))}"])
     try:
         run_dir.mkdir(parents=True, exist_ok=cfg.run_dir is not None)
+        file.write_text(text)
     except FileExistsError:
         raise UserError(f"run_dir={run_dir}: another job was submitted in this second; submit once more") from None
-    file.write_text(job_text(cfg, options, [*_kept(words), f"run_dir={_hydra_quoted(str(run_dir))}"]))
+    except OSError as error:
+        raise UserError(f"run_dir={run_dir}: cannot be written ({error}); free space or choose another") from error
     if cfg.slurm.dry_run:
         print(f"written, not submitted: sbatch {shlex.quote(str(file))}")
         return 0

@@ -28,7 +28,13 @@ def run_folder(cfg: Mapping[str, Any]) -> Path:
 
 def report(cfg: Mapping[str, Any]) -> int:
     """Write report.html and its plots anew."""
-    print(write_report(run_folder(cfg)))
+    folder = run_folder(cfg)
+    try:
+        page = write_report(folder)
+    except OSError as error:
+        remedy = "free space, or copy the run to a folder that may be written"
+        raise UserError(f"run_dir={folder}: the report cannot be written ({error}); {remedy}") from error
+    print(page)
     return 0
 
 

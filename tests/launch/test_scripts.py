@@ -550,6 +550,15 @@ def test_without_sbatch_submit_writes_a_file_or_nothing(submitted, tmp_path, mon
     assert (tmp_path / "mine" / "job.sbatch").exists()
 
 
+@pytest.mark.parametrize("place", ["/proc/mine", "mine"])
+def test_submit_tells_of_a_folder_that_cannot_be_written(place, submitted, tmp_path):
+    (tmp_path / "mine" / "job.sbatch").mkdir(parents=True)  # what the file meets
+    ended = submitted(*TINY, "slurm.dry_run=true", f"run_dir={place}")
+    assert ended.code == 2
+    assert ended.output.startswith(f"error: run_dir={tmp_path / place}: ") and ended.output.count("\n") == 1
+    assert "written" in ended.output and "choose another" in ended.output
+
+
 def test_what_sbatch_refuses_is_told(submitted, tmp_path, monkeypatch):
     monkeypatch.setenv("SBATCH_DO", "echo 'sbatch: error: invalid partition specified: gpu' >&2")
     monkeypatch.setenv("SBATCH_CODES", "1")
