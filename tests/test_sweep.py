@@ -1,6 +1,8 @@
 """sweep=beta_lr: Optuna searches without any account, one trial after the other, and all share one reference."""
 
+import contextlib
 import json
+import sqlite3
 
 import pytest
 import yaml
@@ -51,6 +53,16 @@ def test_optuna_is_given_the_metric_and_every_pair_is_computed_once(
         assert config["loss"]["label_smoothing"] in (0.0, 0.1, 0.2) and config["reference"]["mode"] == "cached"
     best = configs[values.index(better(values))]
     assert found["best_params"]["optim.lr"] == best["optim"]["lr"]
+
+
+def test_a_later_start_goes_on_with_the_search(cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        words = ["hydra.sweeper.n_trials=1", "hydra.sweeper.storage=sqlite:///beta_lr.db", "trainer.max_steps=1"]
+        assert cli("sweep=beta_lr", *WORDS, *words) == 0
+    with contextlib.closing(sqlite3.connect("beta_lr.db")) as storage:
+        assert storage.execute("SELECT study_name FROM studies").fetchall() == [("beta_lr",)]
+        assert storage.execute("SELECT number, state FROM trials").fetchall() == [(0, "COMPLETE"), (1, "COMPLETE")]
 
 
 def test_a_sweep_of_which_every_trial_diverges_says_so(cli, capfd, tmp_path, monkeypatch):
