@@ -37,7 +37,8 @@ def test_optuna_is_given_the_metric_and_every_pair_is_computed_once(
     words, metric, better, cli, capfd, tmp_path, monkeypatch
 ):  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    assert cli("sweep=beta_lr", "hydra.sweeper.n_trials=2", *words, *WORDS) == 0
+    words = ["hydra.sweeper.n_trials=2", "hydra.sweeper.sampler.seed=42", *words]
+    assert cli("sweep=beta_lr", *words, *WORDS) == 0
     told = [line.split() for line in capfd.readouterr().out.splitlines() if line.startswith("reference: ")]
     computed = [int(line[1]) for line in told]
     assert computed[0] > 0 and computed[1:] == [0], "the first trial computes all that any needs"
@@ -55,7 +56,7 @@ def test_optuna_is_given_the_metric_and_every_pair_is_computed_once(
     assert found["best_params"]["optim.lr"] == best["optim"]["lr"]
 
 
-def test_a_later_start_goes_on_with_the_search(cli, tmp_path, monkeypatch):
+def test_a_later_start_goes_on_with_the_search_and_repeats_no_trial(cli, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
         words = ["hydra.sweeper.n_trials=1", "hydra.sweeper.storage=sqlite:///beta_lr.db", "trainer.max_steps=1"]
@@ -63,6 +64,8 @@ def test_a_later_start_goes_on_with_the_search(cli, tmp_path, monkeypatch):
     with contextlib.closing(sqlite3.connect("beta_lr.db")) as storage:
         assert storage.execute("SELECT study_name FROM studies").fetchall() == [("beta_lr",)]
         assert storage.execute("SELECT number, state FROM trials").fetchall() == [(0, "COMPLETE"), (1, "COMPLETE")]
+        rates = storage.execute("SELECT param_value FROM trial_params WHERE param_name = 'optim.lr'").fetchall()
+    assert len(rates) == len({*rates}) == 2
 
 
 def test_a_sweep_of_which_every_trial_diverges_says_so(cli, capfd, tmp_path, monkeypatch):
