@@ -161,7 +161,7 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except Exception as error:
-        if running:
+        if running or isinstance(error, AssertionError):  # a fault in a program, no user's mistake
             raise
         if codes and {*codes} == {WRONG_NUMBERS}:  # the sweeper has found no best one
             print(f"error: each of the {len(codes)} trials has diverged", file=sys.stderr)

@@ -401,3 +401,26 @@ def test_ctrl_c_before_the_training_is_no_traceback(cli, capsys, monkeypatch) ->
     monkeypatch.setattr("dpo_lightning.__main__.check", interrupted)
     assert cli("model=tiny") == 130
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("error", "line"), [(OSError(), "OSError"), (ValueError("so and so"), "so and so")])
+def test_what_hydra_raises_is_told_even_without_a_text(
+    error: Exception, line: str, main: Main, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hydra_runner.Hydra, "run", raiser(error))
+    assert main(*ALWAYS) == f"error: {line}\n"
+
+
+def test_a_failed_assertion_is_no_mistake_of_the_users(main: Main, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hydra_runner.Hydra, "run", raiser(AssertionError()))
+    with pytest.raises(AssertionError):
+        main(*ALWAYS)
+
+
+def raiser(error: Exception) -> Callable[..., None]:
+    """Return a function that raises the error."""
+
+    def raise_(*_: object, **__: object) -> None:
+        raise error
+
+    return raise_

@@ -37,7 +37,7 @@ def explain(error: Exception) -> str:
     if "Config group override must be" in text:
         given = [arg for arg in sys.argv if re.match(r"\w*=", arg) and (CONF / arg.partition("=")[0]).is_dir()]
         text = f"{' '.join(given)}: a group takes the name of one of its options, for instance lora=none"
-    return text
+    return text or type(error).__name__
 
 
 def no_such_key(key: str) -> str:
