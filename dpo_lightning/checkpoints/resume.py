@@ -32,6 +32,8 @@ def to_resume(resume: str, run_dir: Path, tidy: bool = True) -> Path | None:
     """
     if resume not in ("auto", "never"):
         folder = Path(resume).resolve()
+        if folder.parent == (run_dir / "checkpoints").resolve():  # run_dir may lie behind a symlink
+            folder = run_dir / "checkpoints" / folder.name
         if (reason := verify(folder)) is not None:
             raise UserError(
                 f"resume={resume}: not a whole checkpoint, {reason}; "

@@ -328,6 +328,16 @@ def test_a_path_is_taken_or_refused_with_the_reason(run, tmp_path, monkeypatch):
         to_resume(str(tmp_path / "renamed"), run)
 
 
+@pytest.mark.parametrize("behind", ["run", "run/checkpoints"])
+def test_a_path_into_its_own_run_is_known_behind_a_symlink(behind, run, tmp_path):
+    (run / "metrics.jsonl").write_text('{"step": 1, "train/loss": 0.69}\n')
+    place = tmp_path / behind
+    place.rename(tmp_path / "real")
+    place.symlink_to(tmp_path / "real")
+    for given in (run / "checkpoints" / OLD, (run / "checkpoints" / OLD).resolve()):
+        assert to_resume(str(given), run) == run / "checkpoints" / OLD / "state.ckpt"
+
+
 CONFIG = {
     "seed": 42,
     "run_dir": "runs/a",
