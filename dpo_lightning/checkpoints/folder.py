@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,18 @@ PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # of a file in a checkp
 
 def published(checkpoints: Path) -> list[Path]:
     """Return the folders named step-NUMBER, the newest first. A symlink is none: it may lead to another run's."""
+    return _numbered(checkpoints, lambda path: path.is_dir() and not path.is_symlink())
+
+
+def links(checkpoints: Path) -> list[Path]:
+    """Return the symlinks named step-NUMBER, the newest first, wherever they lead."""
+    return _numbered(checkpoints, Path.is_symlink)
+
+
+def _numbered(checkpoints: Path, holds: Callable[[Path], bool]) -> list[Path]:
     if not checkpoints.is_dir():
         return []
-    numbers = {path: step_number(path) for path in checkpoints.iterdir() if path.is_dir() and not path.is_symlink()}
+    numbers = {path: step_number(path) for path in checkpoints.iterdir() if holds(path)}
     found = [(number, path) for path, number in numbers.items() if number is not None]
     return [path for _, path in sorted(found, reverse=True)]
 

@@ -11,10 +11,12 @@ from dpo_lightning.checkpoints.folder import (
     MANIFEST,
     RUN_ID,
     STATE,
+    links,
     published,
     run_id,
     set_aside,
     step_number,
+    step_of,
     verify,
 )
 from dpo_lightning.types import UserError
@@ -48,6 +50,7 @@ def to_resume(resume: str, run_dir: Path, tidy: bool = True) -> Path | None:
                 "choose another folder or remove it"
             )
         return None
+    _refuse_links(run_dir, found)
     if found is None and _has_broken(run_dir):
         anew = "another run_dir" if trained else "resume=never"
         raise UserError(
@@ -77,7 +80,18 @@ def _begun_from(folder: Path, run_dir: Path, tidy: bool) -> Path | None:
         raise UserError(
             f"run_dir={run_dir}: holds a run that was not begun from resume={folder}; choose another folder"
         )
+    _refuse_links(run_dir, found)
     return found
+
+
+def _refuse_links(run_dir: Path, found: Path | None) -> None:
+    """Raise UserError for a symlink that is newer than what was found: its steps would be lost without a word."""
+    for link in links(run_dir / "checkpoints")[:1]:
+        if found is None or (step_number(link) or 0) > step_of(found):
+            raise UserError(
+                f"run_dir={run_dir}: checkpoints/{link.name} is a symbolic link and is not followed; "
+                "move the folder back, or give resume=PATH of another checkpoint"
+            )
 
 
 def newest(run_dir: Path, tidy: bool = True) -> Path | None:
@@ -122,7 +136,7 @@ def id_of(run_dir: Path, resume: Path | None) -> str:
 
 def undo_later(run_dir: Path, step: int) -> None:
     """Set aside this run's checkpoints of later steps than the one it goes back to: it will make them anew."""
-    for folder in published(run_dir / "checkpoints"):
+    for folder in (*published(run_dir / "checkpoints"), *links(run_dir / "checkpoints")):
         if (number := step_number(folder)) is not None and number > step:
             print(f"{folder.name} is not part of this run any more: moved to {set_aside(folder, 'undone').name}")
 

@@ -90,11 +90,11 @@ def publish(
         at: called at save.begin, save.after_file (each), save.before_manifest, save.before_rename, save.after_rename.
 
     Raises OSError where the disk fails, and whatever a writer raises; what was written so far is removed, and no
-    other checkpoint is touched. One that is there and broken is set aside.
+    other checkpoint is touched. One that is there and broken is set aside, and so is a symlink.
 
     """
-    if folder.exists():
-        if verify(folder) is None:
+    if os.path.lexists(folder):
+        if not folder.is_symlink() and verify(folder) is None:
             return
         set_aside(folder)
     at("save.begin")

@@ -328,6 +328,27 @@ def test_a_path_is_taken_or_refused_with_the_reason(run, tmp_path, monkeypatch):
         to_resume(str(tmp_path / "renamed"), run)
 
 
+def test_a_newer_checkpoint_behind_a_symlink_is_told_and_not_passed_over(run, tmp_path):
+    folder = run / "checkpoints" / NEW
+    folder.rename(tmp_path / "moved")
+    folder.symlink_to(tmp_path / "moved")
+    told = f"checkpoints/{NEW} is a symbolic link and is not followed; move the folder back, or give resume=PATH"
+    (run / "metrics.jsonl").write_text('{"step": 1, "train/loss": 0.69}\n')
+    (run / resume.ORIGIN).write_text(str(save(tmp_path / "other", OLD)))
+    for given in ("auto", str(tmp_path / "other" / "checkpoints" / OLD)):  # a job begun from another run's
+        with pytest.raises(UserError, match=told):
+            to_resume(given, run)
+    old = run / "checkpoints" / OLD
+    assert to_resume(str(old), run) == old / "state.ckpt"
+    resume.undo_later(run, 8)
+    assert to_resume("auto", run) == old / "state.ckpt"
+    old.rename(tmp_path / "old")
+    assert resume.links(run / "checkpoints") == []
+    old.symlink_to(tmp_path / "gone")  # a disk that is not mounted
+    with pytest.raises(UserError, match=f"checkpoints/{OLD} is a symbolic link"):
+        to_resume("auto", run)
+
+
 @pytest.mark.parametrize("behind", ["run", "run/checkpoints"])
 def test_a_path_into_its_own_run_is_known_behind_a_symlink(behind, run, tmp_path):
     (run / "metrics.jsonl").write_text('{"step": 1, "train/loss": 0.69}\n')

@@ -301,6 +301,20 @@ def test_a_broken_one_in_its_place_is_set_aside(tmp_path):
     assert (folder.with_name("broken-step-00000012") / "state.ckpt").read_bytes() == b"broken"
 
 
+def test_a_symlink_is_no_checkpoint_of_its_own(tmp_path):
+    """Whole where it leads, or leading nowhere."""
+    whole = save(tmp_path / "other", NEW)
+    checkpoints = tmp_path / "checkpoints"
+    checkpoints.mkdir()
+    for place in (whole, tmp_path / "gone"):
+        folder = checkpoints / whole.name
+        folder.symlink_to(place)
+        assert save(tmp_path, NEW) == folder
+        assert not folder.is_symlink() and verify(folder) is None
+        shutil.rmtree(folder)
+    assert verify(whole) is None and len([*checkpoints.glob("broken-*")]) == 2
+
+
 def test_the_manifest_tells_of_what_went_through_the_stream(tmp_path):
     def write(stream):
         assert stream.writable() and not stream.seekable()
