@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dpo_lightning.checkpoints.changes import compare_config
 from dpo_lightning.checkpoints.folder import CONFIG, MANIFEST
+from dpo_lightning.data.batches import limited
 from dpo_lightning.data.datamodule import PreferenceData
 from dpo_lightning.model.source import ModelSource
 from dpo_lightning.training.devices import choose_strategy, count_devices, memory_of_device, state_bytes
@@ -66,7 +67,7 @@ def check_limits(cfg: DictConfig, pairs: int, devices: int) -> None:
     batches = -(-pairs // (cfg.data.batch_size * accumulate * devices)) * accumulate
     if isinstance(interval, int) and interval > batches:
         raise UserError(f"trainer.val_check_interval={interval}: an epoch has {batches} batches; give at most that")
-    used = min(limit, batches) if isinstance(limit, int) else int(batches * limit)
+    used = limited(batches, limit)
     if used % accumulate:
         raise UserError(
             f"trainer.limit_train_batches={limit}: {used} batches are no whole number of steps of "
@@ -113,8 +114,10 @@ def fingerprint(data: PreferenceData) -> str:
 def reference_mode(cfg: DictConfig, pairs: int, devices: int, sweep: bool) -> str:
     """Return what reference=auto becomes: cached where a pair is met more than once."""
     steps, epochs = cfg.trainer.max_steps, cfg.trainer.max_epochs
-    step = cfg.data.batch_size * cfg.trainer.accumulate_grad_batches * devices
-    ends_within_an_epoch = epochs == 1 or (steps != -1 and steps * step <= pairs)
+    accumulate = cfg.trainer.accumulate_grad_batches
+    whole = pairs // (cfg.data.batch_size * accumulate * devices)  # steps of an epoch
+    within = limited(whole * accumulate, cfg.trainer.limit_train_batches) // accumulate
+    ends_within_an_epoch = epochs == 1 or (steps != -1 and steps <= within)
     if sweep or not ends_within_an_epoch:
         return "cached"
     return "adapter_off" if "r" in cfg.lora else "frozen_copy"

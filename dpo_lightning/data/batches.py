@@ -152,6 +152,15 @@ class TrainingOrder(Sampler[MicroBatch]):
                 yield MicroBatch(rows or (shortest,), len(step), counted=bool(rows))
 
 
+def limited(batches: int, limit: float) -> int:
+    """Return how many of an epoch's batches are gone through: a number of them, or a share, as Lightning takes it.
+
+    >>> limited(10, 3), limited(10, 1), limited(10, 1.0), limited(10, 0.25)
+    (3, 1, 10, 2)
+    """
+    return min(limit, batches) if isinstance(limit, int) else int(batches * limit)
+
+
 class ValidationOrder(Sampler[MicroBatch]):
     """One rank's share of the validation pairs, neighbours of like length: each pair counts once.
 

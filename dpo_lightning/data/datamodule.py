@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from dpo_lightning.data.batches import PairTable, TrainingOrder, ValidationOrder
+from dpo_lightning.data.batches import PairTable, TrainingOrder, ValidationOrder, limited
 from dpo_lightning.data.prepare import Census, prepare, split, validate
 from dpo_lightning.data.sources import FileSource, HubSource, Source
 from dpo_lightning.data.tokenize import use_chat
@@ -125,9 +125,12 @@ class PreferenceData(pl.LightningDataModule):
         if name == "val":
             return rows if trainer.limit_val_batches else rows[:0]
         epoch, done = self.position  # max_steps counts those before, too: more than can be met, never fewer
-        met = done + trainer.max_steps * self.batch_size * trainer.accumulate_grad_batches * trainer.world_size
-        ends_early = trainer.max_steps >= 0 and epoch == 0 and met < len(rows)
-        return np.sort(self.order().rows(0)[:met]) if ends_early else rows
+        order = self.order()
+        met = done + trainer.max_steps * order.step_pairs
+        batches = limited(len(order), trainer.limit_train_batches)  # each epoch that is cut short has other rows
+        first = min(len(rows) - 1, batches // trainer.accumulate_grad_batches * order.step_pairs)
+        ends_early = trainer.max_steps >= 0 and epoch == 0 and met <= first
+        return np.sort(order.rows(0)[:met]) if ends_early else rows
 
     def order(self) -> TrainingOrder:
         """Return this rank's order of the training pairs."""

@@ -112,10 +112,18 @@ def test_a_run_shorter_than_an_epoch_computes_what_it_meets(train):
     assert train(*short, "trainer.max_steps=3", "seed=5")[1][0] > 0
 
 
+def test_a_second_epoch_after_one_that_is_cut_short_meets_other_pairs(train):
+    words = ["reference=cached", "trainer.limit_val_batches=0", "trainer.limit_train_batches=2", "trainer.max_epochs=2"]
+    assert train(*words, "trainer.max_steps=2")[1] == [8]
+    _, (computed,) = train(*words, "trainer.max_steps=3")
+    assert computed > 0
+
+
 def test_a_second_epoch_is_reason_enough():
-    def mode(sweep=False, epochs: int | None = 1, steps=-1, full=False, devices=1):
+    def mode(sweep=False, epochs: int | None = 1, steps=-1, full=False, devices=1, limit: float = 1.0):
         cfg = OmegaConf.create({
-            "trainer": {"max_steps": steps, "max_epochs": epochs, "accumulate_grad_batches": 2},
+            "trainer": {"max_steps": steps, "max_epochs": epochs, "accumulate_grad_batches": 2,
+                        "limit_train_batches": limit},
             "data": {"batch_size": 4}, "lora": {} if full else {"r": 16},
         })  # fmt: skip
         return reference_mode(cfg, 160, devices, sweep)
@@ -127,6 +135,7 @@ def test_a_second_epoch_is_reason_enough():
         "cached",
     )
     assert mode(epochs=2, steps=20) == "adapter_off" and mode(epochs=2, steps=11, devices=2) == "cached"
+    assert mode(epochs=2, steps=6, limit=10) == "cached" and mode(epochs=2, steps=5, limit=0.25) == "adapter_off"
 
 
 def test_a_cache_that_is_wrong_stops_the_run_at_its_first_batch(cli, cache, tmp_path, capsys):
