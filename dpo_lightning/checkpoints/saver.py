@@ -29,6 +29,9 @@ from dpo_lightning.cluster.interrupt import validation_is_due
 from dpo_lightning.cluster.ranks import Words
 from dpo_lightning.types import UserError
 
+# what Lightning goes on from
+HOLDS = ("pytorch-lightning_version", "global_step", "loops", "state_dict", "optimizer_states", "lr_schedulers")
+ANOTHER = "give resume=PATH of another checkpoint"
 REFUSED = 3  # saves in a row that a disk may refuse before the run ends: what it trains would be lost with it
 
 
@@ -106,9 +109,16 @@ class Saver(CheckpointIO):
         points.at("load.mid")
         try:
             # mapped: each rank of a node reads what it keeps, and none holds a whole copy
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except pickle.UnpicklingError as error:
             raise UserError(f"resume: {path} holds more than tensors and plain values: it is not loaded") from error
+        except RuntimeError as error:
+            why = str(error).splitlines()[0].split(". ")[0]
+            raise UserError(f"resume: {path} cannot be loaded ({why}); {ANOTHER}") from error
+        lacking = [key for key in HOLDS if key not in state] if isinstance(state, dict) else HOLDS
+        if lacking:
+            raise UserError(f"resume: {path} is no state of a training: it holds no {', '.join(lacking)}; {ANOTHER}")
+        return state
 
     def remove_checkpoint(self, path: Any) -> None:
         """Raise: `checkpoints/retention.py` alone deletes checkpoints."""

@@ -1,6 +1,7 @@
 """A stop at any step, saving and validating leave no trace in what is learned; and no file runs code."""
 
 import json
+import pickle
 import resource
 import shutil
 import signal
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from dpo_lightning.checkpoints.resume import to_resume
-from dpo_lightning.checkpoints.saver import Saver
+from dpo_lightning.checkpoints.saver import HOLDS, Saver
 from dpo_lightning.types import UserError
 from tests.ranks import TINY, rows, run_ranks, trace, traced
 
@@ -136,6 +137,31 @@ def test_a_checkpoint_that_would_run_code_is_refused(runs, tmp_path, cache):
     assert not marker.exists()
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "cannot be loaded"),
+        (pickle.dumps({"state_dict": {}}), "cannot be loaded"),
+        (b"PK\x03\x04" + bytes(40), "cannot be loaded"),
+        (
+            {"state_dict": {}, "loops": {}, "global_step": 1},
+            "it holds no pytorch-lightning_version, optimizer_states, ",
+        ),
+        ([], "it holds no pytorch-lightning_version, "),
+    ],
+    ids=["empty", "pickle", "half a zip", "other keys", "no mapping"],
+)
+def test_a_state_that_no_training_has_saved_is_told(content, said, tmp_path):
+    """Whole by its manifest, so that the loader alone can tell."""
+    state = tmp_path / "state.ckpt"
+    if isinstance(content, bytes):
+        state.write_bytes(content)
+    else:
+        torch.save(content, state)
+    with pytest.raises(UserError, match=rf"^resume: {state} .*{said}.* give resume=PATH of another checkpoint$"):
+        Saver({}, {}, None).load_checkpoint(state)
+
+
 def test_another_configuration_or_other_pairs_are_refused(runs, tmp_path, cache):
     run = tmp_path / "run"
     shutil.copytree(runs / "lora" / "checkpoints", run / "checkpoints")
@@ -176,7 +202,7 @@ def test_what_is_allowed_to_change_takes_effect(runs, tmp_path, cache):
 def test_a_step_that_saves_waits_for_a_copy_alone(tmp_path):
     """The writing goes on beside the training: a disk that takes a second costs the step none of it."""
     saver = Saver({}, {"run": "a"}, keep_last=2)
-    slow = {"global_step": 1, "state_dict": {"w": torch.ones(1000)}}
+    slow = {**dict.fromkeys(HOLDS), "global_step": 1, "state_dict": {"w": torch.ones(1000)}}
     began = time.perf_counter()
     saver.save_checkpoint(slow, tmp_path / "checkpoints" / "step-00000001")
     waited = time.perf_counter() - began
