@@ -28,6 +28,10 @@ MAY_CHANGE = (
     "model.base_model", "model.note",
 )  # fmt: skip
 
+# Keys and groups that say which weights train, and of what shape: the state of one choice does not fit another.
+NEVER = ("lora", "model")
+FITS = ("lora.lora_alpha", "lora.lora_dropout")  # of those, where both sides have them
+
 
 def compare_config(then: Mapping[str, Any], now: Mapping[str, Any], allow: Sequence[str]) -> None:
     """Refuse to go on with a configuration that trains otherwise than the checkpoint's did.
@@ -35,18 +39,29 @@ def compare_config(then: Mapping[str, Any], now: Mapping[str, Any], allow: Seque
     Args:
         then: the resolved configuration of the checkpoint, as plain values.
         now: that of this start.
-        allow: keys that may differ, and groups whose keys may.
+        allow: keys that may differ, and groups whose keys may; no key of NEVER is let through.
 
     Raises UserError with a line for each key that differs and may not; a key that one side lacks differs.
 
     """
-    refused = {key: values for key, values in changed(then, now).items() if not _among(key, (*MAY_CHANGE, *allow))}
-    if refused:
+    differs = {key: values for key, values in changed(then, now).items() if not _among(key, MAY_CHANGE)}
+    remedies = {
+        key: "resume_allow does not help, as the checkpoint's weights fit no others; "
+        "give the old value, or begin another run: resume=never with another run_dir"
+        if _fits_no_other(key, values)
+        else f"give the old value, or resume_allow=[{key}] to change it on purpose"
+        for key, values in differs.items()
+        if _fits_no_other(key, values) or not _among(key, allow)
+    }
+    if remedies:
         raise UserError("\n".join(
-            f"{key}: {old} in the checkpoint, {new} now; "
-            f"give the old value, or resume_allow=[{key}] to change it on purpose"
-            for key, (old, new) in refused.items()
+            f"{key}: {differs[key][0]} in the checkpoint, {differs[key][1]} now; {remedy}"
+            for key, remedy in remedies.items()
         ))  # fmt: skip
+
+
+def _fits_no_other(key: str, values: tuple[str, str]) -> bool:
+    return _among(key, NEVER) and (key not in FITS or "absent" in values)
 
 
 def changed(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[str, str]]:

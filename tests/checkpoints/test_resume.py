@@ -368,6 +368,7 @@ CONFIG = {
     "samples": {"count": 3},
     "loss": {"_target_": "dpo", "beta": 0.1},
     "optim": {"lr": 1e-4, "betas": [0.9, 0.999]},
+    "lora": {"_target_": "add", "r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"},
     "data": {"path": "a.jsonl", "val_path": None, "batch_size": 8, "layout": "shared", "val_fraction": 0.15},
     "model": {"name": "m", "note": None, "gradient_checkpointing": False},
     "trainer": {
@@ -423,8 +424,8 @@ def test_what_changes_no_training_may_change(values):
         ({"trainer__precision": "32-true"}, 'trainer.precision: "bf16-mixed" in the checkpoint, "32-true" now'),
         # one batch, where it was all of them
         ({"trainer__limit_train_batches": 1}, "trainer.limit_train_batches: 1.0 in the checkpoint, 1 now"),
-        ({"model__name": "n"}, 'model.name: "m" in the checkpoint, "n" now'),
-        ({"lora": {"r": 8}}, "lora.r: absent in the checkpoint, 8 now"),
+        ({"lora__lora_dropout": 0.1}, "lora.lora_dropout: 0.0 in the checkpoint, 0.1 now"),
+        ({"lora__lora_alpha": 16}, "lora.lora_alpha: 32 in the checkpoint, 16 now"),
         ({"loggers": 1}, "loggers: absent in the checkpoint, 1 now"),  # no key of the group logger
     ],
 )
@@ -435,6 +436,29 @@ def test_what_changes_the_training_is_refused_unless_it_is_allowed(values, line)
         compare_config(CONFIG, changed(**values), [])
     compare_config(CONFIG, changed(**values), [key])
     compare_config(CONFIG, changed(**values), ["optim.nothing", key.partition(".")[0]])
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"lora__r": 8},
+        {"lora__target_modules": ["q_proj"]},
+        {"lora": {"_target_": "no"}},
+        {"model__name": "n"},
+        {"model__dimensions": {"hidden_size": 32}},
+    ],
+)
+def test_what_changes_the_shape_of_what_trains_is_never_allowed(values):
+    """Told of every key, either way round, and no word of resume_allow=[KEY]."""
+    for then, now in ((CONFIG, changed(**values)), (changed(**values), CONFIG)):
+        for allow in ([], ["lora", "model", "optim"], ["lora.r", "model.name"]):
+            with pytest.raises(UserError) as error:
+                compare_config(then, now, allow)
+            lines = str(error.value).splitlines()
+            assert len(lines) == (5 if values.get("lora") else 1)
+            for line in lines:
+                assert line.startswith(("lora.", "model.")) and "resume_allow=" not in line
+                assert line.endswith("give the old value, or begin another run: resume=never with another run_dir")
 
 
 def test_a_key_that_is_gone_is_a_change_and_every_change_has_its_line():
