@@ -232,11 +232,12 @@ def keys_of(cfg: Any, prefix: str = "") -> list[str]:
 def run_dir_of(cfg: DictConfig, job: int | None = None) -> Path:
     """Return the run's folder, the same on every rank.
 
-    `run_dir=` sets it; a SLURM job's is named after the job, so that a requeued job finds it again; otherwise it
-    is dated by the first process, and the ranks that process starts read its choice from the environment.
+    `run_dir=` sets it, and a `job` of --multirun has the folder of its number in it; a SLURM job's is named after the
+    job, so that a requeued job finds it again; otherwise it is dated by the first process, and the ranks that process
+    starts read its choice from the environment.
     """
     if cfg.run_dir is not None:
-        return Path(cfg.run_dir).absolute()
+        return Path(cfg.run_dir, "" if job is None else str(job)).absolute()
     if "DPO_LIGHTNING_RUN_DIR" in os.environ and "LOCAL_RANK" in os.environ:
         return Path(os.environ["DPO_LIGHTNING_RUN_DIR"])
     slurm = os.environ.get("SLURM_ARRAY_JOB_ID", os.environ.get("SLURM_JOB_ID"))

@@ -68,6 +68,26 @@ def test_a_later_start_goes_on_with_the_search_and_repeats_no_trial(cli, tmp_pat
     assert len(rates) == len({*rates}) == 2
 
 
+def test_each_trial_has_a_folder_of_its_own_in_run_dir(cli, tmp_path, monkeypatch):
+    begun = []
+
+    def train(cfg, run_dir, resume, sweep):
+        begun.append((run_dir, cfg.loss.beta, sweep))
+        return 3
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("dpo_lightning.train.train", train)
+    cli("--multirun", "loss.beta=0.1,0.2", "run_dir=mine", *WORDS)
+    assert begun == [(tmp_path / "mine" / "0", 0.1, True), (tmp_path / "mine" / "1", 0.2, True)]
+    begun.clear()
+    cli("sweep=beta_lr", "hydra.sweeper.n_trials=2", "run_dir=mine", *WORDS)
+    assert [run_dir for run_dir, *_ in begun] == [tmp_path / "mine" / "0", tmp_path / "mine" / "1"]
+    begun.clear()
+    monkeypatch.setenv("WANDB_SWEEP_ID", "abc")  # whose trials are processes of their own
+    cli("run_dir=mine", *WORDS)
+    assert [(run_dir, sweep) for run_dir, _, sweep in begun] == [(tmp_path / "mine", True)]
+
+
 def test_a_sweep_of_which_every_trial_diverges_says_so(cli, capfd, tmp_path, monkeypatch):
     def diverge(verb, cfg):
         raise WrongNumbers("nan")
