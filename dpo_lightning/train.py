@@ -127,6 +127,9 @@ def fit(
         keep_freed_memory()
     if resume is not None:
         trainer.num_sanity_val_steps = 0  # the validation before the first update has been made
+        if 0 <= trainer.max_steps <= (step := step_of(resume)) and trainer.is_global_zero:
+            limit = f"trainer.max_steps={trainer.max_steps}"
+            print(f"nothing is left to train: the checkpoint is of step {step}, {limit}", flush=True)
     try:
         trainer.fit(module, data, ckpt_path=resume, weights_only=True)
         if not interrupt.stopping and log.is_stale(trainer):

@@ -268,6 +268,17 @@ def test_resume_takes_a_path_and_never_starts_anew(cli, metrics, tmp_path, capsy
     assert "holds a run" in capsys.readouterr().err
 
 
+def test_a_run_that_is_past_max_steps_says_that_nothing_is_trained(cli, metrics, tmp_path, capsys):
+    for steps in (3, 5):
+        assert cli(*RESUMABLE, f"trainer.max_steps={steps}", f"run_dir={tmp_path}") == 0
+        assert "nothing is left to train" not in capsys.readouterr().out
+    for steps in (5, 2):
+        assert cli(*RESUMABLE, f"trainer.max_steps={steps}", f"run_dir={tmp_path}") == 0
+        line = f"nothing is left to train: the checkpoint is of step 5, trainer.max_steps={steps}"
+        assert line in capsys.readouterr().out.splitlines()
+    assert [row["step"] for row in metrics(tmp_path) if "train/loss" in row] == [1, 2, 3, 4, 5]
+
+
 def test_a_run_stopped_before_its_first_step_can_be_started_again(cli, metrics, tmp_path):
     run = tmp_path / "run"
     run.mkdir()

@@ -30,7 +30,8 @@ MAY_CHANGE = (
 
 # Keys and groups that say which weights train, and of what shape: the state of one choice does not fit another.
 NEVER = ("lora", "model")
-FITS = ("lora.lora_alpha", "lora.lora_dropout")  # of those, where both sides have them
+# Of those, where both sides have them. A model may have been moved.
+FITS = ("lora.lora_alpha", "lora.lora_dropout", "model.name", "model.tokenizer")
 
 
 def compare_config(then: Mapping[str, Any], now: Mapping[str, Any], allow: Sequence[str]) -> None:
