@@ -33,9 +33,7 @@ def to_resume(resume: str, run_dir: Path, tidy: bool = True) -> Path | None:
     with, and for one whose checkpoints are all broken.
     """
     if resume not in ("auto", "never"):
-        folder = Path(resume).resolve()
-        if folder.parent == (run_dir / "checkpoints").resolve():  # run_dir may lie behind a symlink
-            folder = run_dir / "checkpoints" / folder.name
+        folder = _named(resume, run_dir)
         if (reason := verify(folder)) is not None:
             raise UserError(
                 f"resume={resume}: not a whole checkpoint, {reason}; "
@@ -66,6 +64,12 @@ def to_resume(resume: str, run_dir: Path, tidy: bool = True) -> Path | None:
             f"run_dir={run_dir}: holds a run, and no checkpoint to go on from; choose another folder or remove it"
         )
     return found
+
+
+def _named(resume: str, run_dir: Path) -> Path:
+    """Return the folder that a path leads to: one of the run's own as such, though the run lie behind a symlink."""
+    folder, own = Path(resume).resolve(), run_dir / "checkpoints"
+    return own / folder.name if folder.parent == own.resolve() else folder
 
 
 def _begun_from(folder: Path, run_dir: Path, tidy: bool) -> Path | None:
