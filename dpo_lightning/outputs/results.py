@@ -52,9 +52,8 @@ def figures(rows: Sequence[Mapping[str, float]]) -> Iterator[tuple[str, list[str
 
 
 def last(run_dir: Path, key: str) -> float | None:
-    """Return a metric of the last validation, or None where none was made."""
-    rows = validations(run_dir)
-    return rows[-1][key] if rows else None
+    """Return a metric of the last validation that has it, or None where none has."""
+    return next((row[key] for row in reversed(validations(run_dir)) if key in row), None)
 
 
 def show_gain(run_dir: Path) -> None:

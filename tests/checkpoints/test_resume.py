@@ -444,14 +444,13 @@ def test_what_changes_the_training_is_refused_unless_it_is_allowed(values, line)
         {"lora__r": 8},
         {"lora__target_modules": ["q_proj"]},
         {"lora": {"_target_": "no"}},
-        {"model__name": "n"},
         {"model__dimensions": {"hidden_size": 32}},
     ],
 )
 def test_what_changes_the_shape_of_what_trains_is_never_allowed(values):
     """Told of every key, either way round, and no word of resume_allow=[KEY]."""
     for then, now in ((CONFIG, changed(**values)), (changed(**values), CONFIG)):
-        for allow in ([], ["lora", "model", "optim"], ["lora.r", "model.name"]):
+        for allow in ([], ["lora", "model", "optim"], ["lora.r", "model.dimensions.hidden_size"]):
             with pytest.raises(UserError) as error:
                 compare_config(then, now, allow)
             lines = str(error.value).splitlines()
@@ -459,6 +458,12 @@ def test_what_changes_the_shape_of_what_trains_is_never_allowed(values):
             for line in lines:
                 assert line.startswith(("lora.", "model.")) and "resume_allow=" not in line
                 assert line.endswith("give the old value, or begin another run: resume=never with another run_dir")
+
+
+def test_a_model_that_was_moved_can_be_named():
+    with pytest.raises(UserError, match=r"resume_allow=\[model\.name\] to change it on purpose"):
+        compare_config(CONFIG, changed(model__name="n"), [])
+    compare_config(CONFIG, changed(model__name="n"), ["model.name"])
 
 
 def test_a_key_that_is_gone_is_a_change_and_every_change_has_its_line():
