@@ -21,12 +21,12 @@ from dpo_lightning import __version__
 from dpo_lightning.checkpoints import lock
 from dpo_lightning.checkpoints.folder import step_of
 from dpo_lightning.checkpoints.resume import is_first_process, to_resume
-from dpo_lightning.checkpoints.starts import announce, check_progress
+from dpo_lightning.checkpoints.starts import announce, check_progress, note
 from dpo_lightning.cli import guard
 from dpo_lightning.cli.errors import explain, fail
 from dpo_lightning.cli.hub import prefer_cache
 from dpo_lightning.cli.process import prepare
-from dpo_lightning.cluster.exits import DONE, INTERRUPTED, WRONG_NUMBERS
+from dpo_lightning.cluster.exits import DONE, INTERRUPTED, USER_ERROR, WRONG_NUMBERS
 from dpo_lightning.config import CONF, check, check_values, run_dir_of
 from dpo_lightning.keys import nearest
 from dpo_lightning.types import RunError, UserError
@@ -63,7 +63,7 @@ def run(verb: str, cfg: DictConfig) -> tuple[int, float | None]:
 def begin(verb: str, cfg: DictConfig, run_dir: Path, sweep: bool) -> int:
     """Train or check in a run's folder, from the checkpoint that it goes on from; return the exit code."""
     trains, first = verb == "train", is_first_process()
-    if trains and first:
+    if first and (trains or lock.is_restarted()):  # a job's check waits, before its ranks look for a checkpoint
         lock.take(run_dir)
     resume = to_resume(cfg.resume, run_dir, tidy=trains)
     if trains:
@@ -71,10 +71,15 @@ def begin(verb: str, cfg: DictConfig, run_dir: Path, sweep: bool) -> int:
         check_progress(run_dir, step, cfg.cluster.max_restarts, first)
         if first:
             announce(run_dir, step)
-    prefer_cache(cfg)
-    from dpo_lightning import train
+    try:
+        prefer_cache(cfg)
+        from dpo_lightning import train
 
-    return (train.train if trains else train.only_check)(cfg, run_dir, resume, sweep)
+        return (train.train if trains else train.only_check)(cfg, run_dir, resume, sweep)
+    except (UserError, HydraException, OmegaConfBaseException, KeyboardInterrupt) as error:
+        if trains and first:  # nothing that another start would repeat
+            note(run_dir, end=INTERRUPTED if isinstance(error, KeyboardInterrupt) else USER_ERROR)
+        raise
 
 
 def warn_of_ignored(verb: str, overrides: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ import fcntl
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from dpo_lightning.types import UserError
@@ -25,21 +26,26 @@ def take(run_dir: Path) -> None:
         return
     try:
         file = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            _wait(file, run_dir)
+        except BaseException:
+            os.close(file)
+            raise
     except OSError as error:
         raise UserError(f"run_dir={run_dir}: cannot be written ({error}); free space or choose another") from error
-    try:
-        _wait(file, run_dir)
+    _held[run_dir] = file
+    with suppress(OSError):  # a full disk: it only tells others who is here
         os.truncate(file, 0)
         os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-    except BaseException:
-        os.close(file)
-        raise
-    _held[run_dir] = file
+
+
+def is_restarted() -> bool:
+    """Return whether SLURM has started this job again, whose last process may be about to end."""
+    return os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
 
 
 def _wait(file: int, run_dir: Path) -> None:
-    patience = PATIENCE if os.environ.get("SLURM_RESTART_COUNT", "0") != "0" else 0.0
-    deadline = time.monotonic() + patience
+    deadline = time.monotonic() + (PATIENCE if is_restarted() else 0.0)
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -52,7 +58,10 @@ def _wait(file: int, run_dir: Path) -> None:
                 raise
         if time.monotonic() >= deadline:
             who = os.pread(file, 200, 0).decode(errors="replace") or "another process"
-            raise UserError(f"run_dir={run_dir}: {who} trains there; wait for its end, or choose another folder")
+            raise UserError(
+                f"run_dir={run_dir}: {who} trains there; wait for its end, or choose another folder; "
+                f"if its machine is gone, remove {run_dir / LOCK}"
+            )
         time.sleep(1)
 
 

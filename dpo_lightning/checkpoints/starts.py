@@ -97,9 +97,9 @@ def _starts(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, int]]:
 
 def _told(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return what the failures said, each text once, the last first."""
-    if any(row.get("end") == GOES_ON for row in rows):
-        return "; the job's time was over, or it was preempted, before it had made a step: give it more"
     failures = {row["failed"]: row for row in rows if "failed" in row}
+    if not failures and any(row.get("end") == GOES_ON for row in rows):
+        return "; the job's time was over, or it was preempted, before it had made a step: give it more"
     texts = [f"{text}, on rank {row.get('rank')} at {_where(row)}" for text, row in reversed(failures.items())]
     return "; it ended with " + ", and with ".join(texts[:2]) if texts else ""
 

@@ -46,7 +46,7 @@ class Interrupt(pl.Callback):
     ) -> None:
         self.signal: int | None = None
         self.stopping = False  # what all ranks have agreed upon at the last step's end
-        self.complete = False  # the last step has been made
+        self.complete = False  # the run has come to its end, or will without a further start
         self.words = Words()
         self._end_of_job, self._save_seconds = end_of_job, save_seconds
         self._end: float | None = None
@@ -162,7 +162,8 @@ class Interrupt(pl.Callback):
             print("the job's time is nearly over: saving; the run goes on when started again", flush=True)
         number = self.words.highest(self.signal or 0)
         self.signal, self.stopping = number or self.signal, bool(number)
-        self.complete = trainer.global_step >= trainer.estimated_stepping_batches
+        # SIGUSR1 leaves the last validation and the export to the next start
+        self.complete = trainer.global_step >= trainer.estimated_stepping_batches and number != signal.SIGUSR1
 
     def _no_time_left(self, validation_is_next: bool) -> bool:
         """Return whether what comes next, one more step at least, could leave too little time for the save after it."""

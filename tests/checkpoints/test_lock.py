@@ -1,5 +1,6 @@
 """Two processes never train in one run folder."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -56,6 +57,18 @@ def test_a_run_that_has_made_its_folder_holds_it(tmp_path, cli):
     target = "tests.checkpoints.test_lock.Intruder"
     intruder = [f"+callbacks.intruder._target_={target}", f"trusted_targets=[{target}]"]
     assert cli(*TINY, *intruder, "trainer.max_steps=1", f"run_dir={tmp_path / 'run'}") == 0
+
+
+def test_a_disk_that_takes_no_word_of_who_holds_it_is_no_obstacle(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    lock.take(tmp_path)
+    with pytest.raises(subprocess.CalledProcessError):
+        subprocess.run([sys.executable, "-c", HOLD, str(tmp_path), "0"], cwd=ROOT, capture_output=True, check=True)
+    lock.let_go(tmp_path)
+    other(tmp_path, 0).communicate()
 
 
 def test_a_job_that_is_started_again_waits_for_its_own_last_process(tmp_path, monkeypatch):

@@ -59,6 +59,7 @@ def rows_of(*rows):
         ([{"begun": 8}] * 4, True),
         ([{"begun": 8}, {"start": 8}, {"end": 138, "pairs_cached": 0}] * 4, True),
         ([{"begun": 8}, {"start": 8}, {"end": 138, "pairs_cached": 60}] * 4, False),
+        ([{"begun": 8}, {"end": 2}] * 4, False),
     ],
     ids=[
         "four",
@@ -73,6 +74,7 @@ def rows_of(*rows):
         "all only loaded",
         "no time for a step",
         "a growing cache",
+        "mistakes",
     ],
 )
 def test_only_starts_in_a_row_that_failed_count(tmp_path, rows, stops):
@@ -83,6 +85,22 @@ def test_only_starts_in_a_row_that_failed_count(tmp_path, rows, stops):
     else:
         check_progress(tmp_path, 8, 3)
     check_progress(tmp_path, 8, None)
+
+
+def test_what_failed_is_told_of_before_a_time_that_was_over(tmp_path):
+    rows = [{"start": 8}, {"end": 138}, *[{"start": 8}, {"failed": "KeyError: x", "rank": 0, "step": 9}] * 3]
+    (tmp_path / STARTS).write_text(rows_of(*rows))
+    with pytest.raises(NoProgress, match="it ended with KeyError: x, on rank 0 at step 9"):
+        check_progress(tmp_path, 8, 3)
+
+
+def test_mistakes_in_what_is_given_are_no_failures_of_the_run(tmp_path, cli, capsys):
+    run = [*TINY, "trainer.max_steps=2", "checkpoint.every_n_steps=1", f"run_dir={tmp_path}"]
+    assert cli(*run) == 0
+    for _ in range(3):
+        assert cli(*run, "optim.lr=3e-3", "cluster.max_restarts=0") == 2
+        assert "optim.lr: 0.0001 in the checkpoint, 0.003 now" in capsys.readouterr().err
+    assert cli(*run, "cluster.max_restarts=0") == 0
 
 
 def test_a_later_rank_does_not_count_the_start_that_the_first_has_announced(tmp_path):
