@@ -78,7 +78,10 @@ def loop(folder: Path, kills: int, seed: int, steps: int) -> list[str]:
     for number in range(kills):
         before = done_steps(run)
         if number % 2:
-            fault = f"at={dice.choice(POINTS)};do=SIGKILL;rank=0;step={(before // 2 + dice.randint(1, 2)) * 2}"
+            point, step = dice.choice(POINTS), (before // 2 + dice.randint(1, 2)) * 2
+            # at which step one is deleted depends on which is the best
+            when = "" if point == "retain.before_delete" else f";step={step}"
+            fault = f"at={point};do=SIGKILL;rank=0{when}"
             codes = Life(mine, log, fault).end(120)
         else:
             fault, until, life = "any instant", before + dice.randint(0, 4), Life(mine, log)
