@@ -21,6 +21,7 @@ MAY_USE = {
     "__init__": set(),
     "types": set(),
     "keys": set(),
+    "metrics_file": {"types"},
     "contradictions": set(),
     "config": {"types", "keys", "contradictions"},
     "cli": {"types", "keys", "config", "cluster"},
@@ -29,8 +30,8 @@ MAY_USE = {
     "model": {"types", "data", "objective"},
     "cluster": {"types"},
     "checkpoints": {"types", "cluster"},
-    "training": {"types", "data", "objective", "model", "cluster", "checkpoints"},
-    "outputs": {"types", "data", "model"},
+    "training": {"types", "metrics_file", "data", "objective", "model", "cluster", "checkpoints"},
+    "outputs": {"types", "metrics_file", "data", "model"},
     "finish": {"types", "data", "model", "cluster", "training", "outputs"},
     "resolve": {"types", "data", "model", "checkpoints", "training"},
     "train": {

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from dpo_lightning.metrics_file import METRICS, logged
 from dpo_lightning.types import UserError
 
 ROWS = {
@@ -22,21 +22,9 @@ ROWS = {
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
     """Return metrics.jsonl's objects; a last line cut short by a crash is left out, a UserError names another."""
-    file = run_dir / "metrics.jsonl"
-    if not file.is_file():
-        raise UserError(f"run_dir={run_dir}: no metrics.jsonl there; give the folder of a run")
-    lines = file.read_text(errors="replace").splitlines(keepends=True)
-    return [_row(line, f"{file}, line {number}") for number, line in enumerate(lines, 1) if line.endswith("\n")]
-
-
-def _row(line: str, place: str) -> dict[str, float]:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        raise UserError(f"{place}: not a line of JSON; remove it") from None
-    if not (isinstance(row, dict) and "step" in row):
-        raise UserError(f"{place}: not a row with a step; remove it")
-    return row
+    if not (run_dir / METRICS).is_file():
+        raise UserError(f"run_dir={run_dir}: no {METRICS} there; give the folder of a run")
+    return [row for _, row in logged(run_dir)]
 
 
 def validations(run_dir: Path) -> list[dict[str, float]]:

@@ -20,7 +20,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from dpo_lightning.types import UserError
+from dpo_lightning.metrics_file import METRICS, logged
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class JsonlLogger(Logger):
 
     def __init__(self, run_dir: Path):
         super().__init__()
-        self.path = run_dir / "metrics.jsonl"
+        self.path = run_dir / METRICS
         self._waiting: deque[bytes] = deque()
         self._lost = 0
         self._fails = False
@@ -82,21 +82,11 @@ class JsonlLogger(Logger):
 
         Raises OSError, and UserError for a line that is no row.
         """
-        lines = self.path.read_text(errors="replace").splitlines(keepends=True) if self.path.exists() else []
-        rows = [(number, line) for number, line in enumerate(lines, 1) if line.endswith("\n")]
-        kept = [line for number, line in rows if self._step(number, line) <= step]
+        rows = logged(self.path.parent) if self.path.exists() else []
+        kept = [line for line, row in rows if row["step"] <= step]
         scratch = self.path.with_suffix(".tmp")
         scratch.write_text("".join(kept))
         scratch.replace(self.path)
-
-    def _step(self, number: int, line: str) -> int:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            raise UserError(f"{self.path}, line {number}: not a line of JSON; remove it") from None
-        if not (isinstance(row, dict) and "step" in row):
-            raise UserError(f"{self.path}, line {number}: not a row with a step; remove it")
-        return row["step"]
 
     @rank_zero_only
     def close(self, exit_code: int) -> None:
