@@ -30,6 +30,9 @@ while (($#)); do
 done
 [[ ${NNODES:-} =~ ^[1-9][0-9]*$ ]] || fail 'give --nnodes NUMBER, how many machines there are'
 [[ ${ENDPOINT:-} =~ ^[^:]+:[0-9]+$ ]] || fail 'give --endpoint HOST:PORT, the first machine and a free port on it'
+if [[ ! ${NODE_RANK:-0} =~ ^(0|[1-9][0-9]*)$ || ${NODE_RANK:-0} -ge $NNODES ]]; then
+    fail "--node-rank $NODE_RANK: the machines are 0 to $((NNODES - 1))"
+fi
 
 given() { # given KEY WORD...: print the value of the last KEY=VALUE among the words
     local key=$1 value='' word

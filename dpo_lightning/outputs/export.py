@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from safetensors import SafetensorError
+
+from dpo_lightning.model.source import write_weights
 
 
 def export(policy: Any, tokenizer: Any, run_dir: Path, merge: bool, card: Callable[[Path, bool], str]) -> Path:
@@ -37,13 +38,10 @@ def export(policy: Any, tokenizer: Any, run_dir: Path, merge: bool, card: Callab
 
 
 def _write_weights(policy: Any, is_adapter: bool, scratch: Path) -> None:
-    try:
-        if is_adapter:
-            # "auto" would ask the hub whether the vocabulary has grown; it has not
-            policy.save_pretrained(str(scratch), save_embedding_layers=False)
-        else:
-            model: Any = policy.merge_and_unload() if isinstance(policy, PeftModel) else policy
-            model.config.use_cache = True
-            model.save_pretrained(scratch)
-    except SafetensorError as error:  # of a full disk, too
-        raise OSError(str(error)) from error
+    if is_adapter:
+        # "auto" would ask the hub whether the vocabulary has grown; it has not
+        write_weights(policy, scratch, save_embedding_layers=False)
+    else:
+        model: Any = policy.merge_and_unload() if isinstance(policy, PeftModel) else policy
+        model.config.use_cache = True
+        write_weights(model, scratch)

