@@ -25,7 +25,7 @@ from dpo_lightning.checkpoints.starts import announce, check_progress, note
 from dpo_lightning.cli import guard
 from dpo_lightning.cli.errors import explain, fail
 from dpo_lightning.cli.hub import prefer_cache
-from dpo_lightning.cli.process import prepare
+from dpo_lightning.cli.process import importing, prepare
 from dpo_lightning.cluster.exits import DONE, INTERRUPTED, USER_ERROR, WRONG_NUMBERS
 from dpo_lightning.config import CONF, check, check_values, run_dir_of
 from dpo_lightning.keys import nearest
@@ -41,7 +41,8 @@ def run(verb: str, cfg: DictConfig) -> tuple[int, float | None]:
     if verb in READS:
         check_values(cfg)
         warn_of_ignored(verb, hydra_config.overrides.task)
-        from dpo_lightning.outputs import verbs
+        with importing():
+            from dpo_lightning.outputs import verbs
 
         return getattr(verbs, verb)(cfg), None
     check(cfg)
@@ -73,7 +74,8 @@ def begin(verb: str, cfg: DictConfig, run_dir: Path, sweep: bool) -> int:
             announce(run_dir, step)
     try:
         prefer_cache(cfg)
-        from dpo_lightning import train
+        with importing():
+            from dpo_lightning import train
 
         return (train.train if trains else train.only_check)(cfg, run_dir, resume, sweep)
     except (UserError, HydraException, OmegaConfBaseException, KeyboardInterrupt) as error:

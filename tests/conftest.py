@@ -1,5 +1,6 @@
 """What several test files share: the command line run in this process, and a cache that the whole session fills."""
 
+import gc
 import json
 import os
 import sys
@@ -26,6 +27,8 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the long files."""
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+    gc.collect()
+    gc.freeze()  # what the test files have imported is looked through for garbage no more
 
 
 @pytest.fixture(scope="session")

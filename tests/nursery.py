@@ -5,6 +5,7 @@ rank, "folder": for their outputs, "timeout": seconds}. It answers each with a l
 """
 
 import atexit
+import gc
 import json
 import os
 import signal
@@ -104,6 +105,8 @@ def serve() -> None:
     import dpo_lightning.training.zero  # noqa: F401
     from tests.ranks import tell
 
+    gc.collect()
+    gc.freeze()
     for line in sys.stdin:
         job = json.loads(line)
 

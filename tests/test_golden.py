@@ -8,7 +8,7 @@ import pytest
 from tests.conftest import SHARED
 
 HH = SHARED / "data" / "hh-harmless-1000.jsonl.gz"
-STEPS = int(os.environ.get("DPO_LIGHTNING_GOLDEN_STEPS", "4"))  # `make soak` asks for all 8
+STEPS = int(os.environ.get("DPO_LIGHTNING_GOLDEN_STEPS", "3"))  # `make soak` asks for all 8
 BOUNDS = {"loss": 1e-4, "grad_norm": 1e-2, "logps/chosen": 1e-2, "logps/rejected": 1e-2, "rewards/margins": 1e-3}
 
 

@@ -1,6 +1,7 @@
 """The command as a user runs it, from rows to an exported folder that other libraries load."""
 
 import dataclasses
+import gc
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dpo_lightning.cli.process import importing
 from dpo_lightning.outputs import results
 from dpo_lightning.outputs.card import Card
 
@@ -321,3 +323,15 @@ def test_messages_are_a_chat_whatever_the_template_of_text(cli, tmp_path, capsys
     words = ["data=jsonl", f"data.path={tmp_path / 'rows.jsonl'}", "data.template=plain"]
     assert cli("check", "model=tiny", *words) == 0
     assert "held out, chat template" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_search_for_garbage_rests_while_the_training_is_imported_and_no_longer(monkeypatch):
+    monkeypatch.delitem(sys.modules, "torch")
+    frozen = gc.get_freeze_count()
+    try:
+        with pytest.raises(ImportError), importing():
+            assert not gc.isenabled()
+            raise ImportError
+        assert gc.isenabled() and gc.get_freeze_count() > frozen
+    finally:
+        gc.unfreeze()

