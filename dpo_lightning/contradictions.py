@@ -22,6 +22,8 @@ def contradictions(cfg: DictConfig) -> Iterator[str]:
         yield "export.merge=true has no effect without an adapter: use lora=r16 or leave it out"
     if cfg.trainer.max_steps == -1 and cfg.trainer.max_epochs in (None, -1):
         yield "trainer.max_steps=-1 and trainer.max_epochs=-1: the run would never end; set one"
+    if OmegaConf.select(cfg, "trainer.check_val_every_n_epoch", default=1) is None:
+        yield "trainer.check_val_every_n_epoch=null: validations are counted within an epoch; leave it out"
     if OmegaConf.select(cfg, "model.init") == "random" and not cfg.model.architecture:
         yield "model.init=random needs model.architecture=..., transformers' model_type, for instance llama"
     yield from _data_contradictions(cfg)

@@ -34,8 +34,14 @@ def resolve(cfg: DictConfig, source: ModelSource, data: PreferenceData, sweep: b
     cfg.optim.lr = resolve_lr(cfg.optim.lr, full)
     devices = count_devices(trainer.accelerator, plain(trainer)["devices"], trainer.num_nodes)
     check_limits(cfg, len(data.train), devices)
+    by_batch = source.turns_by_batch(data.longest())
     if cfg.reference.mode == "auto":
-        cfg.reference.mode = reference_mode(cfg, len(data.train), devices, sweep)
+        cfg.reference.mode = reference_mode(cfg, len(data.train), devices, sweep, by_batch)
+    elif cfg.reference.mode == "cached" and by_batch:
+        raise UserError(
+            "reference=cached: in sequences as long as these, this model's positions depend on the batch, so that a "
+            "pair has no log-probabilities of its own; use reference=auto, or a smaller data.max_length"
+        )
 
     def needed(strategy: str) -> int:
         weights = source.count_weights()
@@ -111,13 +117,16 @@ def fingerprint(data: PreferenceData) -> str:
     return hashlib.sha256(data.keys(data.train).tobytes()).hexdigest()
 
 
-def reference_mode(cfg: DictConfig, pairs: int, devices: int, sweep: bool) -> str:
-    """Return what reference=auto becomes: cached where a pair is met more than once."""
+def reference_mode(cfg: DictConfig, pairs: int, devices: int, sweep: bool, by_batch: bool = False) -> str:
+    """Return what reference=auto becomes: cached where a pair is met more than once, and scored alike each time.
+
+    by_batch: its log-probabilities depend on the pairs beside it.
+    """
     steps, epochs = cfg.trainer.max_steps, cfg.trainer.max_epochs
     accumulate = cfg.trainer.accumulate_grad_batches
     whole = pairs // (cfg.data.batch_size * accumulate * devices)  # steps of an epoch
     within = limited(whole * accumulate, cfg.trainer.limit_train_batches) // accumulate
     ends_within_an_epoch = epochs == 1 or (steps != -1 and steps <= within)
-    if sweep or not ends_within_an_epoch:
+    if not by_batch and (sweep or not ends_within_an_epoch):
         return "cached"
     return "adapter_off" if "r" in cfg.lora else "frozen_copy"

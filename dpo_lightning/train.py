@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -30,7 +29,7 @@ from dpo_lightning.cluster import slurm
 from dpo_lightning.cluster.agreement import Agreement, decided_by_rank_0, flat
 from dpo_lightning.cluster.exits import STORAGE, RankLost, StorageError, TooLarge
 from dpo_lightning.cluster.interrupt import Interrupt
-from dpo_lightning.cluster.watchdog import Watchdog
+from dpo_lightning.cluster.watchdog import TALK, Watchdog
 from dpo_lightning.data.datamodule import PreferenceData
 from dpo_lightning.data.prepare import cache_dir, most_common
 from dpo_lightning.finish import finish
@@ -46,13 +45,13 @@ from dpo_lightning.training.precision import frozen_dtype, store_linears
 from dpo_lightning.training.progress import ProgressBar
 from dpo_lightning.training.reference_cache import ReferenceCache
 from dpo_lightning.training.summary import Summary, print_facts
+from dpo_lightning.training.time_limit import TimeLimit
 from dpo_lightning.types import UserError
 
 SMALLER = (
     "half of data.batch_size with twice trainer.accumulate_grad_batches makes the same steps, and may be given to a "
     "run that is resumed; model.gradient_checkpointing=true saves more"
 )
-TALK = re.compile(r"gloo|nccl|socket|store|connection|broken pipe|peer", re.IGNORECASE)  # of failed collectives
 
 for name in ("lightning.pytorch", "lightning.fabric"):
     logging.getLogger(name).setLevel(logging.WARNING)
@@ -75,7 +74,7 @@ def train(cfg: DictConfig, run_dir: Path, resume: Path | None, sweep: bool) -> i
     facts_of_run = {"data": fingerprint(data), "step_pairs": step_pairs(cfg), "passes": passes(cfg)}
     saver = Saver(plain(cfg), facts_of_run, cfg.checkpoint.keep_last)
     interrupt, log = Interrupt(slurm.end_of_job, lambda: saver.seconds), MetricLog()
-    watchdog = Watchdog(cfg.cluster.hang_seconds, cfg.cluster.slow_factor)
+    watchdog = Watchdog(cfg.cluster.hang_seconds, cfg.cluster.slow_factor, saver.wait)
 
     def begin(trainer: pl.Trainer) -> None:
         saver.facts["run"] = begin_run(cfg, run_dir, trainer, resume)
@@ -145,6 +144,8 @@ def fit(
         if TALK.search(str(error)) and (lost := watchdog.lost()):
             raise RankLost(f"{lost}; the run goes on from its last checkpoint when it is started again") from error
         raise
+    finally:
+        watchdog.end()
     return True
 
 
@@ -183,7 +184,7 @@ def build_data(cfg: DictConfig, source: ModelSource) -> PreferenceData:
     """Return the data, every row read and judged: before this, no model is loaded."""
     data: PreferenceData = instantiate(cfg.data)(load_tokenizer=source.load_tokenizer, seed=cfg.seed)
     data.prepare_data()
-    source.check_fits(max(longest_of(data.lengths(table)) for table in (data.train, data.val)), data.tokenizer)
+    source.check_fits(data.longest(), data.tokenizer)
     return data
 
 
@@ -209,7 +210,9 @@ def build_trainer(
     plugins: list[Any] = [saver]
     if SLURMEnvironment.detect():  # by itself it would save within a signal's handler, anywhere in a step
         plugins.append(SLURMEnvironment(auto_requeue=False))
+    limit = plain(cfg.trainer).get("max_time")
     try:
+        chosen += [TimeLimit(limit)] if limit else []  # where there is a timer Lightning makes none
         return instantiate(
             cfg.trainer, _convert_="all", strategy=build(pairs=cfg.data.batch_size),
             plugins=plugins, logger=False, callbacks=[*callbacks, *chosen, checkpoints], default_root_dir=run_dir,
@@ -262,7 +265,7 @@ def facts(
         "model": f"{source.base}, {lora}" + (", untrained random weights" if source.init == "random" else ""),
         "data": f"{data.source.name}: {len(data.train)} training pairs, {len(data.val)} held out, {text}{skipped}",
         "lengths": f"prompt {mean[0]:.0f}, chosen {mean[1]:.0f}, rejected {mean[2]:.0f} tokens on average; longest "
-        f"sequence {longest_of(lengths)}, {census.truncated} pairs cut to data.max_length={cfg.data.max_length}",
+        f"sequence {data.longest(data.train)}, {census.truncated} pairs cut to data.max_length={cfg.data.max_length}",
         "loss": f"{cfg.loss._target_.rsplit('.', 1)[-1]}, {options_of(cfg.loss)}",
         "optimizer": f"AdamW, lr {cfg.optim.lr:g}, {cfg.optim.schedule}; {effective} pairs a step and device",
         "strategy": strategy,
@@ -273,8 +276,3 @@ def facts(
 def options_of(group: DictConfig) -> str:
     """Return a group's keys and values as text."""
     return ", ".join(f"{key} {value}" for key, value in group.items() if not str(key).startswith("_"))
-
-
-def longest_of(lengths: Any) -> int:
-    """Return the tokens of the longest prompt with a completion, given lengths of shape (pairs, 3)."""
-    return int((lengths[:, :1] + lengths[:, 1:]).max())

@@ -41,17 +41,19 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cli(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """Run `python -m dpo_lightning WORDS` in this process; return its exit code.
 
-    The report, half of a short run's time, is drawn where a test says report=True.
+    The report, half of a short run's time, is drawn where a test says report=True. The peak is measured briefly.
     """
     from hydra.core.global_hydra import GlobalHydra
 
     from dpo_lightning import finish
     from dpo_lightning.__main__ import main
+    from dpo_lightning.model import flops
 
     draw = finish.write_report
 
     def run(*words: str, report: bool = False) -> int:
         monkeypatch.setattr(finish, "write_report", draw if report else lambda run_dir: run_dir / "report.html")
+        monkeypatch.setattr(flops, "PEAK_SECONDS", 0.0)
         monkeypatch.setenv("DPO_LIGHTNING_CACHE", str(cache))
         monkeypatch.delenv("DPO_LIGHTNING_RUN_DIR", raising=False)
         monkeypatch.setattr(sys, "argv", ["dpo_lightning", *words])

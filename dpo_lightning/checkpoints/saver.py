@@ -94,6 +94,11 @@ class Saver(CheckpointIO):
             error, self._error = self._error, None
             raise error
 
+    def wait(self, seconds: float) -> None:
+        """Wait at most so long for what is being written."""
+        if (thread := self._thread) is not None:
+            thread.join(seconds)
+
     def check(self, checkpoints: Path, words: Words) -> None:
         """Raise StorageError, on every rank, where the disk has refused the first one too many saves in a row.
 

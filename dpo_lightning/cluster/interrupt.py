@@ -1,6 +1,6 @@
 """A signal, or the end of a job's time, ends the training at the next step's end: what there is can be saved.
 
-Lightning's own handlers are replaced, not called: its SIGTERM handler talks to the other ranks from within the
+Lightning's own handlers are never installed: its SIGTERM handler talks to the other ranks from within the
 signal and ends with 0, its SLURM handler saves between any two instructions.
 """
 
@@ -70,6 +70,12 @@ class Interrupt(pl.Callback):
         """Return the shell's code for the signal that came, or 0: also where the run had come to its end."""
         return 128 + self.signal if self.signal is not None and not self.complete else 0
 
+    def heard(self) -> int:
+        """Return the signal that any rank was sent, which is now everyone's, or 0. Collective."""
+        if number := self.words.highest(self.signal or 0):
+            self.signal = number
+        return number
+
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Take the signals over for a while."""
@@ -108,20 +114,23 @@ class Interrupt(pl.Callback):
         elif number == signal.SIGINT and not self.stopping:
             os._exit(INTERRUPTED)  # checkpoints are published by one rename: none is torn
 
+    def setup(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        """Have Lightning take no signals, as it would before it trains and before it validates."""
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+
     def on_validation_start(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Take the signals back from Lightning, which takes them when it starts to fit or to validate."""
-        self._take()
+        """Measure the validation's time."""
         self._validating_since = time.monotonic()
 
     def on_train_start(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Take the signals where there was no validation before; begin no training that is not wanted any more."""
-        self._take()
+        """Begin no training that is not wanted any more."""
         if trainer.is_global_zero:
             self._end = self._end_of_job()
         self._step, self._since = trainer.global_step, time.monotonic()
         self._agree(trainer, self._left_out)
-        trainer.should_stop = trainer.should_stop or self.stopping
-        if self._left_out and not self.stopping:
+        if self.stopping:
+            _stop(trainer)
+        elif self._left_out:
             self._left_out = False
             trainer.validating = True
             trainer.fit_loop.epoch_loop.val_loop.run()
@@ -147,7 +156,7 @@ class Interrupt(pl.Callback):
         self._agree(trainer, due)
         if self.stopping:
             self._left_out = due
-            trainer.should_stop = True
+            _stop(trainer)
             trainer.limit_val_batches = 0  # a validation may take longer than there is time
 
     def on_validation_end(self, trainer: pl.Trainer, *args: Any) -> None:
@@ -160,8 +169,8 @@ class Interrupt(pl.Callback):
         if self.signal is None and self._no_time_left(validation_is_next):
             self.signal = signal.SIGUSR1
             print("the job's time is nearly over: saving; the run goes on when started again", flush=True)
-        number = self.words.highest(self.signal or 0)
-        self.signal, self.stopping = number or self.signal, bool(number)
+        number = self.heard()
+        self.stopping = bool(number)
         # SIGUSR1 leaves the last validation and the export to the next start
         self.complete = trainer.global_step >= trainer.estimated_stepping_batches and number != signal.SIGUSR1
 
@@ -172,6 +181,13 @@ class Interrupt(pl.Callback):
         if validation_is_next:
             needed += 1.2 * self._longest_validation
         return self._end is not None and time.time() + needed > self._end
+
+
+def _stop(trainer: pl.Trainer) -> None:
+    """Have Lightning stop, whatever trainer.min_epochs and trainer.min_steps demand."""
+    trainer.should_stop = True
+    trainer.fit_loop.min_epochs = None
+    trainer.fit_loop.epoch_loop.min_steps = None
 
 
 def validation_is_due(trainer: pl.Trainer, batch_idx: int) -> bool:

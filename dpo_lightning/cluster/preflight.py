@@ -48,12 +48,18 @@ def add_up(device: torch.device, rank: int, world: int, address: str) -> None:
     """Add one for each rank. Raises UserError where the ranks do not find each other, or the sum is wrong."""
     try:
         torch.distributed.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo", init_method=f"tcp://{address}", rank=rank, world_size=world,
-            timeout=MEET,
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", init_method=f"tcp://{address}", rank=rank,
+            world_size=world, timeout=MEET,
         )  # fmt: skip
-        total = torch.ones(1, device=device)
-        torch.distributed.all_reduce(total)
-        counted = int(total.item())
+        counted = 0
+        for place in dict.fromkeys(
+            [device, torch.device("cpu")]
+        ):  # the training's ranks talk by way of their GPUs and their hosts
+            total = torch.ones(1, device=place)
+            torch.distributed.all_reduce(total)
+            counted = int(total.item())
+            if counted != world:
+                break
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"rank {rank} does not reach the {world - 1} others by way of {address}: {str(error).splitlines()[0]}; "

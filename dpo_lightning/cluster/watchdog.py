@@ -7,22 +7,29 @@ lives and which of the run's named points (`cluster/points.py`) it has passed la
 from __future__ import annotations
 
 import faulthandler
+import math
 import os
+import re
 import statistics
 import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import lightning.pytorch as pl
 
 from dpo_lightning.cluster import points
 from dpo_lightning.cluster.exits import RANK_LOST
-from dpo_lightning.cluster.signs import BEAT, Signs, behind, slow
+from dpo_lightning.cluster.signs import BEAT, Signs, Unanswered, behind, slow
 
+TALK = re.compile(r"gloo|nccl|socket|store|connection|broken pipe|peer", re.IGNORECASE)  # of failed collectives
 GRACE = 10.0  # seconds that the main thread has to notice a failure by itself
+LEAVING = 60.0  # seconds that it then has to end, and that a checkpoint has which is being written
 LOOK = 5.0  # seconds between two looks for slow ranks
+LOADING = 1800.0  # seconds that a model is given to load, and DeepSpeed to compile its operations, at the least
 WINDOW = 10  # steps whose median counts: one that takes long is no slow rank
 
 
@@ -32,26 +39,33 @@ class Watchdog(pl.Callback):
     Args:
         hang_seconds: a rank that passes no named point for so long ends the run; None: never.
         slow_factor: a rank that takes so many times the others' seconds for data and forward pass is told of, once.
+        wait_for_save: seconds -> waits at most so long for the checkpoint that is being written.
 
     """
 
-    def __init__(self, hang_seconds: float | None, slow_factor: float):
-        self.hang_seconds, self.slow_factor = hang_seconds, slow_factor
+    def __init__(
+        self, hang_seconds: float | None, slow_factor: float, wait_for_save: Callable[[float], None] = lambda _: None
+    ):
+        self.hang_seconds, self.slow_factor, self.wait_for_save = hang_seconds, slow_factor, wait_for_save
         self.signs = Signs()
-        self._over = threading.Event()
+        self._over, self._noticed = threading.Event(), threading.Event()
         self._children: list[Any] = []
         self._ready = 0.0  # when there was a batch, by time.monotonic()
         self._waited = 0.0  # seconds for it
         self._own: deque[tuple[float, float]] = deque(maxlen=WINDOW)  # seconds for data, for the forward pass
         self._told: set[int] = set()  # ranks that are slow
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Meet the other ranks and begin to watch."""
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Meet the other ranks and begin to watch, before the model is loaded: a machine's memory may not hold it."""
         self.signs = Signs.meet(trainer)
         self._children = _take_children(trainer)
+        points.at("setup", trainer.global_step)
+        self._over = threading.Event()
+        threading.Thread(target=self._watch, args=(self._over,), name="watchdog", daemon=True).start()
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Have a model."""
         points.at("data.next", trainer.global_step)
-        self._over.clear()
-        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
         """Have a batch to work on."""
@@ -70,39 +84,56 @@ class Watchdog(pl.Callback):
             data, forward = (statistics.median(seconds) for seconds in zip(*self._own, strict=True))
             self.signs.busy, self.signs.phase = data + forward, "data" if data > forward else "forward pass"
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Watch no longer: export and report take what they take."""
-        self._over.set()
+        self.end()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leave the failure to the main thread."""
+        """Leave the failure to the main thread; the others are to know whether it began here."""
+        stopped = isinstance(exception, KeyboardInterrupt | SystemExit)
+        self.signs.failed = not stopped and not TALK.search(str(exception))
+        self._noticed.set()
+
+    def end(self) -> None:
+        """Watch no longer."""
         self._over.set()
 
     def lost(self) -> str:
-        """Return which ranks have ended or give no sign of life any more, or "" where there are none.
+        """Return which ranks have ended or give no sign of life any more, in all ranks' words; "" where there are none.
 
-        Takes up to ten beats.
+        Takes up to ten beats, and three more on the first rank.
         """
-        return self.signs.lost(self._ended)
+        lost = self.signs.lost(self._ended)
+        return self.signs.agree(lost) if lost else ""
 
-    def _watch(self) -> None:
+    def _watch(self, over: threading.Event) -> None:
         """Beat, and look whether this rank gets on; the others are asked only if it does not."""
         looked = time.monotonic()
-        while not self._over.wait(BEAT):
+        while not over.wait(BEAT):
             try:
                 self.signs.tell()
+                if why := self.signs.verdict():
+                    self._give_up(why, 0)
+                    return
                 if self.signs.rank == 0 and time.monotonic() - looked > LOOK:
                     looked = time.monotonic()
                     self._look_for_slow_ranks()
+            except Unanswered:
+                pass  # a stopped process may go on: hang_seconds says how long it has
             except RuntimeError as error:  # of the store, which lives in the first rank
                 self._give_up(f"rank 0 cannot be reached any more ({str(error).splitlines()[0]})", GRACE)
                 return
             if ended := self._ended():
                 self._give_up(ended, GRACE)
                 return
-            if self.hang_seconds is not None and time.monotonic() - points.here().since > self.hang_seconds:
-                self._give_up(self.lost() or self._behind(), 0)
+            if time.monotonic() - points.here().since > self._limit():
+                self._give_up(self.signs.lost(self._ended) or self._behind(), 0)
                 return
+
+    def _limit(self) -> float:
+        """Return how many seconds may lie between two points; a model may take longer to load than a step."""
+        limit = math.inf if self.hang_seconds is None else self.hang_seconds
+        return max(limit, LOADING) if points.here().point == "setup" else limit
 
     def _behind(self) -> str:
         try:
@@ -121,26 +152,31 @@ class Watchdog(pl.Callback):
         for sign, others in slow(self.signs.all(), self.slow_factor):
             if sign.rank not in self._told:
                 self._told.add(sign.rank)
-                print(
-                    f"warning: rank {sign.rank} ({sign.host}) is slow: data and forward pass take it {sign.busy:.2f} s "
-                    f"a step, most of it the {sign.phase}; the other ranks {others:.2f} s, and they wait for it",
-                    flush=True,
-                )
+                with suppress(OSError):  # of a full disk, which must not end the watch
+                    print(
+                        f"warning: rank {sign.rank} ({sign.host}) is slow: data and forward pass take it "
+                        f"{sign.busy:.2f} s a step, most of it the {sign.phase}; the other ranks {others:.2f} s, and "
+                        "they wait for it", flush=True,
+                    )  # fmt: skip
 
     def _give_up(self, why: str, grace: float) -> None:
         """End this process and those it has started: the main thread waits for what will not come."""
-        if self._over.wait(grace):  # it has noticed by itself
+        if self._over.wait(grace):
             return
-        place = points.here()
-        sys.stderr.write(
-            f"error: rank {self.signs.rank} has waited {time.monotonic() - place.since:.0f} s after {place.point} of "
-            f"step {place.step}: {why}; the run ends with exit code {RANK_LOST}, and goes on from its last checkpoint "
-            "when it is started again. The stacks of this rank:\n"
-        )
+        if self._noticed.is_set() and self._over.wait(LEAVING):  # the main thread has noticed by itself, and ends
+            return
+        place, why = points.here(), self.signs.agree(why)
+        with suppress(OSError):  # of a full disk, which must not keep this process alive
+            sys.stderr.write(
+                f"error: rank {self.signs.rank} has waited {time.monotonic() - place.since:.0f} s after {place.point} "
+                f"of step {place.step}: {why}; the run ends with exit code {RANK_LOST}, and goes on from its last "
+                "checkpoint when it is started again. The stacks of this rank:\n"
+            )
+            sys.stderr.flush()
         faulthandler.dump_traceback(all_threads=True)
-        sys.stderr.flush()
         for child in self._children:
             child.kill()
+        self.wait_for_save(LEAVING)
         os._exit(RANK_LOST)
 
 

@@ -113,6 +113,11 @@ class PreferenceData(pl.LightningDataModule):
         """Return the tokens of prompt, chosen and rejected of each pair, shape (pairs, 3)."""
         return np.concatenate([part.flatten().to_numpy() for part in _parts(table, "lengths")]).reshape(-1, 3)
 
+    def longest(self, *tables: Any) -> int:
+        """Return the tokens of the longest prompt with a completion, of all pairs where no tables are given."""
+        lengths = [self.lengths(table) for table in tables or (self.train, self.val)]
+        return int(max((each[:, :1] + each[:, 1:]).max() for each in lengths))
+
     def keys(self, table: Any) -> np.ndarray:
         """Return 16 bytes of each pair that change with any of its tokens, shape (pairs,)."""
         return np.concatenate([np.array(part.to_pylist(), "S16") for part in _parts(table, "key")])
@@ -126,10 +131,12 @@ class PreferenceData(pl.LightningDataModule):
             return rows if trainer.limit_val_batches else rows[:0]
         epoch, done = self.position  # max_steps counts those before, too: more than can be met, never fewer
         order = self.order()
-        met = done + trainer.max_steps * order.step_pairs
+        met = done + trainer.max_steps * order.step_pairs if trainer.max_steps >= 0 else len(rows)
         batches = limited(len(order), trainer.limit_train_batches)  # each epoch that is cut short has other rows
         first = min(len(rows) - 1, batches // trainer.accumulate_grad_batches * order.step_pairs)
-        ends_early = trainer.max_steps >= 0 and epoch == 0 and met <= first
+        if trainer.max_epochs == 1 and batches < len(order):
+            met = min(met, first)
+        ends_early = epoch == 0 and met <= first
         return np.sort(order.rows(0)[:met]) if ends_early else rows
 
     def order(self) -> TrainingOrder:

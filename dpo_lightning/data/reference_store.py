@@ -29,9 +29,8 @@ class ReferenceStore:
         found_N2 = np.full((len(keys_N), 2), np.nan, np.float32)
         records = self._records()
         if len(records) and len(keys_N):
-            _, first = np.unique(records["key"], return_index=True)
-            records = records[first]  # sorted by key
-            at = np.searchsorted(records["key"], keys_N).clip(max=len(records) - 1)
+            order = np.argsort(records["key"], kind="stable")
+            at = order[np.searchsorted(records["key"], keys_N, sorter=order).clip(max=len(records) - 1)]
             hit = records["key"][at] == keys_N
             found_N2[hit] = records["logps"][at[hit]]
         return found_N2

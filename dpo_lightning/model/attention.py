@@ -23,6 +23,7 @@ from transformers.modeling_utils import AttentionInterface
 NAME = "dpo_shared_prefix"
 # torch 2.11 lets heads share keys without being asked, later ones if they are.
 GROUPED = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+WINDOWS: set[int | None] = set()  # that layers have asked for, so that a probe can tell which do
 BLOCK = 256  # queries of a segment at a time: bounds the scores kept, and skips keys that lie ahead
 
 
@@ -188,7 +189,7 @@ def attend(
     The signature is transformers' attention interface; `segments` arrives through the model call's keywords.
     """
     assert not dropout, "attention dropout is off in every model this project loads"
-    # A layer of Gemma or Mistral without a window says None; some say it in the module alone.
+    WINDOWS.add(sliding_window)  # a layer of Gemma or Mistral without one says None
     window = None if sliding_window is None or sliding_window >= segments.longest else sliding_window
     rule = ScoreRule(query.shape[-1] ** -0.5 if scaling is None else scaling, window, softcap)
     # Autocast lowers the inputs of attention, as it does here; it must not lower the scores within.
@@ -227,6 +228,7 @@ def flash_attn(q: Tensor, k: Tensor, v: Tensor, segments: Segments, rule: ScoreR
     """Attend with flash-attn's variable-length kernel, which caps scores too; shapes as for `varlen`."""
     window = -1 if rule.window is None else rule.window - 1
     rest = {"causal": True, "window_size": (window, 0), "softcap": rule.cap or 0.0}
+    rest["deterministic"] = torch.are_deterministic_algorithms_enabled()
     return _flash_attn()(q, k, v, *segments.varlen, softmax_scale=rule.scale, **rest)
 
 

@@ -93,15 +93,16 @@ class LinearLogp(torch.autograd.Function):
             (unit_SH,) = ctx.saved_tensors
             return unit_SH * grad_S[:, None].to(unit_SH.dtype), None, None, None, None
         x_SH, weight_VH, y_S = ctx.saved_tensors
-        grad_x, grad_weight = torch.empty_like(x_SH), torch.zeros_like(weight_VH)
+        exact = torch.promote_types(weight_VH.dtype, torch.float32)  # 250 sums rounded to bfloat16 would lose the small
+        grad_x, grad_weight = torch.empty_like(x_SH), torch.zeros_like(weight_VH, dtype=exact)
         for start in range(0, len(x_SH), ctx.chunk):
             part = slice(start, start + ctx.chunk)
             logits = ctx.rule.apply_((x_SH[part] @ weight_VH.T).float())
             unit = _unit_logit_gradient(logits.log_softmax(1), logits, y_S[part, None], ctx.rule)
             grad_logits = unit.mul_(grad_S[part, None]).to(weight_VH.dtype)
             grad_x[part] = grad_logits @ weight_VH
-            grad_weight.addmm_(grad_logits.T, x_SH[part])
-        return grad_x, grad_weight, None, None, None
+            grad_weight += grad_logits.T @ x_SH[part]
+        return grad_x, grad_weight.to(weight_VH.dtype), None, None, None
 
 
 def _unit_logit_gradient(logps: Tensor, logits: Tensor, target: Tensor, rule: LogitRule) -> Tensor:
@@ -117,28 +118,31 @@ def install_scoring(model: Any) -> nn.Module:
     Through the module, so that whatever hooks it carries (ZeRO-3's gathering of sharded weights) run as ever.
     """
     head: Any = model.get_output_embeddings()
-    rule = LogitRule.of(model.config.get_text_config())
+    config = model.config.get_text_config()
+    rule, vocabulary = LogitRule.of(config), config.vocab_size  # ZeRO-3 leaves the weight no shape
     if not hasattr(head, "logits"):
         logits: Callable[[Tensor], Tensor] = head.forward
         head.logits = logits
 
         def forward(x: Tensor, y_S: Tensor | None = None) -> Tensor:
-            return logits(x) if y_S is None else _score(head, logits, x, y_S, rule)
+            return logits(x) if y_S is None else _score(head, logits, x, y_S, rule, vocabulary)
 
         head.forward = forward
     return head
 
 
-def _score(head: Any, logits: Callable[[Tensor], Tensor], x_SH: Tensor, y_S: Tensor, rule: LogitRule) -> Tensor:
+def _score(
+    head: Any, logits: Callable[[Tensor], Tensor], x_SH: Tensor, y_S: Tensor, rule: LogitRule, vocabulary: int
+) -> Tensor:  # fmt: skip
     kind = x_SH.device.type
+    rows = chunk_rows(vocabulary, kind)
     if type(head) is nn.Linear and head.bias is None:
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
-        return LinearLogp.apply(x_SH.to(dtype), head.weight.to(dtype), y_S, rule, chunk_rows(len(head.weight), kind))
+        return LinearLogp.apply(x_SH.to(dtype), head.weight.to(dtype), y_S, rule, rows)
 
     def logp(x: Tensor, y: Tensor) -> Tensor:  # a bias or an adapter on the head: plain autograd, recomputed
         scores = rule.apply(logits(x))
         return scores.gather(1, y[:, None])[:, 0] - scores.logsumexp(1)
 
-    rows = chunk_rows(head.weight.shape[0], kind)
     parts = zip(x_SH.split(rows), y_S.split(rows), strict=True)
     return torch.cat([checkpoint(logp, x, y, use_reentrant=False) for x, y in parts])

@@ -56,6 +56,7 @@ def _shared_problem(model: Any, batch: Batch, tolerance: float) -> str | None:
     padded = pair_logps(model, batch)
     try:
         set_layout(model, "shared")
+        attention.WINDOWS.clear()
         shared = pair_logps(model, batch)
         # With other chosen tokens the rejected must come out the same: nothing leaks between them.
         p, c, _ = LENGTHS[0]
@@ -64,10 +65,23 @@ def _shared_problem(model: Any, batch: Batch, tolerance: float) -> str | None:
         leak = (pair_logps(model, replace(batch, ids_T=other)).rejected - shared.rejected).abs().max().item()
     except (TypeError, ValueError, RuntimeError, NotImplementedError, AttributeError) as error:
         return f"the shared prefix cannot run on this model: {str(error).splitlines()[0][:100]}"
+    if hidden := _hidden_window(base_of(model).config.get_text_config()):
+        return hidden
     if leak > LEAK:
         return f"in the shared prefix chosen tokens reach the rejected ones (by {leak:.2g})"
     gap = _gap(padded, shared)
     return None if gap <= tolerance else f"the shared prefix gives other log-probabilities, by {gap:.2g} a token"
+
+
+def _hidden_window(config: Any) -> str | None:
+    """Return why a window that no layer has asked for cannot be kept: the probe is too short to miss it."""
+    if getattr(config, "attention_chunk_size", None):
+        return "its attention is chunked by a mask"
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
+    slides = getattr(config, "use_sliding_window", True) and "sliding_attention" in kinds
+    if slides and getattr(config, "sliding_window", None) and not attention.WINDOWS - {None}:
+        return "its sliding window is in a mask alone"
+    return None
 
 
 def _gap(one: Any, other: Any) -> float:

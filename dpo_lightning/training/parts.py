@@ -18,7 +18,7 @@ from dpo_lightning.cluster.exits import TooLarge
 from dpo_lightning.cluster.ranks import Words
 from dpo_lightning.types import Batch, PairLogps
 
-Score = Callable[[Batch], tuple[PairLogps, PairLogps]]
+Score = Callable[[Batch], PairLogps]
 
 
 class Parts:
@@ -28,16 +28,16 @@ class Parts:
         self.count = 1
         self._words = Words()
 
-    def score(self, trainer: Any, batch: Batch, score: Score) -> tuple[PairLogps, PairLogps]:
-        """Return what `score` gives for the batch.
+    def score(self, trainer: Any, batch: Batch, policy: Score, reference: Score) -> tuple[PairLogps, PairLogps]:
+        """Return what `policy` and `reference` give for the batch; the reference goes first, on an empty memory.
 
         Under ZeRO-3 a rank that fails leaves the others waiting within their forward pass: there it is not tried
         again. Raises TooLarge with the remedy where a single pair does not fit.
         """
         while True:
-            random = torch.get_rng_state()
+            random = _random_states()
             try:
-                scores, failed = self._in_parts(batch, score), ""
+                scores, failed = self._in_parts(batch, policy, reference), ""
             except torch.OutOfMemoryError as error:
                 if getattr(trainer.strategy, "zero_stage_3", False):
                     raise
@@ -50,8 +50,9 @@ class Parts:
                 raise TooLarge(f"a single pair does not fit into the device's memory ({failed or 'on another rank'}); "
                                "use a smaller data.max_length, or model.gradient_checkpointing=true")  # fmt: skip
             scores = None
-            torch.set_rng_state(random)
+            torch.set_rng_state(random[0])
             if torch.cuda.is_available():
+                torch.cuda.set_rng_state(random[1])
                 torch.cuda.empty_cache()
             self.count *= 2
             trainer.lightning_module.print(
@@ -59,12 +60,18 @@ class Parts:
                 f"here on; with a smaller data.batch_size and more trainer.accumulate_grad_batches, none is made twice"
             )
 
-    def _in_parts(self, batch: Batch, score: Score) -> tuple[PairLogps, PairLogps]:
+    def _in_parts(self, batch: Batch, policy: Score, reference: Score) -> tuple[PairLogps, PairLogps]:
         if self.count == 1:
-            return score(batch)
-        scored = [checkpoint(score, part, use_reentrant=False) for part in split(batch, self.count)]
-        policies, references = zip(*scored, strict=True)
-        return _joined(policies), _joined(references)
+            fixed = reference(batch)
+            return policy(batch), fixed
+        parts = split(batch, self.count)
+        fixed = _joined([reference(part) for part in parts])
+        return _joined([checkpoint(policy, part, use_reentrant=False) for part in parts]), fixed
+
+
+def _random_states() -> list[torch.Tensor]:
+    """Return the state of the host's random numbers, and of the device's where there is one."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])]
 
 
 def split(batch: Batch, count: int) -> list[Batch]:

@@ -15,13 +15,14 @@ import torch
 import transformers
 
 from dpo_lightning.cluster import points
+from dpo_lightning.cluster.exits import WrongNumbers
 from dpo_lightning.cluster.interrupt import Interrupt
 from dpo_lightning.data.batches import MicroBatch, PairTable, ValidationOrder
 from dpo_lightning.data.reference_store import ReferenceStore
 from dpo_lightning.model.attention import way
 from dpo_lightning.model.logps import base_of
 
-VERSION = 2  # part of the key: raise it when the same pair would get other log-probabilities
+VERSION = 3  # part of the key: raise it when the same pair would get other log-probabilities
 TOLD_EVERY = 60.0  # seconds between lines on a pass that takes long
 
 
@@ -112,7 +113,7 @@ class ReferenceCache(pl.Callback):
         computed = [torch.zeros(part.known_N2.shape, device=device) for part in work]
         todo = [(n, batch) for n, part in enumerate(work) for batch in part.batches]
         for first in range(0, len(todo), world):
-            if trainer.strategy.reduce_boolean_decision(self.interrupt.requested, all=False):
+            if self.interrupt.heard():
                 raise KeyboardInterrupt
             mine = first + trainer.global_rank < len(todo)
             n, batch = todo[first + trainer.global_rank if mine else first]
@@ -141,6 +142,8 @@ class ReferenceCache(pl.Callback):
         """Write into the store; a full or read-only disk costs the next run its time, not this one its life."""
         try:
             store.append(keys_N, logps_N2)
+        except ValueError as error:
+            raise WrongNumbers(str(error)) from error
         except OSError as error:
             if not self.cannot_keep:
                 print(f"warning: the reference's log-probabilities cannot be kept: {error}", flush=True)

@@ -1,19 +1,23 @@
 """A rank that is killed, hangs or crashes ends the run in bounded time, is named, and leaves no process behind."""
 
+import math
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from dpo_lightning.checkpoints.resume import to_resume
-from dpo_lightning.cluster import watchdog
-from dpo_lightning.cluster.signs import Sign, behind, slow
+from dpo_lightning.cluster import points, signs, watchdog
+from dpo_lightning.cluster.signs import Sign, Signs, Unanswered, behind, slow
 from dpo_lightning.cluster.watchdog import Watchdog
 from dpo_lightning.data.batches import PairTable
 from tests.nursery import nursery
@@ -75,36 +79,38 @@ def test_a_rank_that_is_gone_or_hangs_is_named_and_the_run_ends(tmp_path, cache,
     assert children_of(str(run_dir)) == []
 
 
-def run_alone(run_dir: Path, cache: Path, fault: str, *words: str) -> list[tuple[int, str]]:
-    """Run two ranks, each started by itself as srun does, with a fault; return exit code and output of each."""
+def run_alone(run_dir: Path, cache: Path, fault: str, *words: str, world: int = 2) -> list[tuple[int, str]]:
+    """Run ranks, each started by itself as srun does, with a fault; return exit code and output of each."""
     env = environment(cache, DPO_LIGHTNING_FAULT=fault, DPO_LIGHTNING_ALLOW_FAULTS="1")
-    return nursery().run([[*WORDS, *words, f"run_dir={run_dir}"]], environments(env, 2), timeout=90)
+    run = [*WORDS, f"trainer.devices={world}", *words, f"run_dir={run_dir}"]
+    return nursery().run([run], environments(env, world), timeout=90)
 
 
 def test_ranks_that_nobody_has_started_for_the_other_end_when_one_hangs(tmp_path, cache):
     words = ["strategy=ddp", "cluster.hang_seconds=10"]
     ended = run_alone(tmp_path / "run", cache, "at=update.begin;do=sleep:999;rank=1;step=3", *words)
     for code, output in ended:
-        assert code == LOST, output
-        assert "after" in output and "rank 1 (" in output and "goes on from its last checkpoint" in output
-        assert "most recent call first" in output  # the stacks
+        assert code == LOST or output.splitlines()[-1] == f"[{LOST}]", output  # by the watchdog, or by its error
+        assert re.search(r"rank 1 \(.+, pid \d+\), \d+ s after update.begin of step 3, is behind", output), output
+        assert "goes on from its last checkpoint" in output
+    assert "most recent call first" in ended[1][1]  # the stacks
     assert to_resume("auto", tmp_path / "run") is not None
 
 
 @pytest.mark.parametrize(
-    ("killed", "point", "told"),
+    ("killed", "world", "point", "told"),
     [
-        (1, "save.gather", "rank 1 ("),
-        (0, "step.begin", "rank 0 cannot be reached any more"),  # the store of the signs goes with it
+        (1, 3, "save.gather", "rank 1 ("),
+        (0, 2, "step.begin", "rank 0 cannot be reached any more"),  # the store of the signs goes with it
     ],
 )
-def test_the_rank_that_is_left_names_the_one_that_is_killed(tmp_path, cache, killed, point, told):
+def test_the_ranks_that_are_left_name_the_one_that_is_killed(tmp_path, cache, killed, world, point, told):
     fault = f"at={point};do=SIGKILL;rank={killed};step=3"
-    ended = run_alone(tmp_path / "run", cache, fault, "strategy=zero2")
-    _, output = ended[1 - killed]
-    assert ended[killed][0] == -signal.SIGKILL
-    assert output.splitlines()[-1] == f"[{LOST}]", output
-    assert told in output and "goes on from its last checkpoint" in output
+    ended = run_alone(tmp_path / "run", cache, fault, "strategy=zero2", world=world)
+    assert ended.pop(killed)[0] == -signal.SIGKILL
+    for code, output in ended:
+        assert code == LOST or output.splitlines()[-1] == f"[{LOST}]", output  # by the watchdog, or by its error
+        assert told in output and "goes on from its last checkpoint" in output
     assert to_resume("auto", tmp_path / "run") is not None
 
 
@@ -112,7 +118,7 @@ def test_one_rank_that_crashes_ends_the_run_with_its_own_words(tmp_path, cache):
     code, output, _ = run(tmp_path / "run", cache, "at=step.begin;do=raise;rank=1;step=2", "strategy=ddp")
     assert code == LOST, output
     assert "the fault that was asked for at step.begin" in output
-    assert "rank 1 (pid" in output, output
+    assert re.search(r"rank 1 \((pid \d+\) has ended|.+, pid \d+\), .+ has failed)", output), output
 
 
 class LookOften(pl.Callback):
@@ -167,13 +173,75 @@ def test_in_200_clean_steps_no_rank_is_slow(tmp_path, cache):
     assert "is slow" not in "".join(outputs)
 
 
+def test_why_the_run_ends_is_what_the_first_rank_to_know_has_told_all(monkeypatch):
+    monkeypatch.setattr(signs, "BEAT", 0.0)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    first = Signs(store, 0, 2)
+    second = Signs(TCPStore("127.0.0.1", store.port, is_master=False), 1, 2)
+    for each in (first, second):
+        each.tell()
+    assert first.verdict() == second.verdict() == ""
+    assert second.agree("rank 1 is behind") == "rank 1 is behind"
+    assert first.verdict() == second.verdict() == "rank 1 is behind"
+    assert first.agree("rank 0 is behind") == "rank 1 is behind"
+    assert first.lost(lambda: "rank 1 has ended") == "rank 1 is behind"
+
+
+def _first_rank(pipe):
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    pipe.send(store.port)
+    time.sleep(600)
+
+
+def test_a_first_rank_that_is_stopped_and_answers_nothing_keeps_no_other_from_its_end(monkeypatch):
+    monkeypatch.setattr(signs, "ANSWER", timedelta(seconds=1))
+    fork = multiprocessing.get_context("fork")
+    here, there = fork.Pipe()
+    host = fork.Process(target=_first_rank, args=(there,), daemon=True)
+    host.start()
+    second = Signs(TCPStore("127.0.0.1", here.recv(), is_master=False), 1, 2)
+    second.tell()
+    assert second.verdict() == ""
+    os.kill(host.pid or 0, signal.SIGSTOP)
+    began = time.monotonic()
+    try:
+        with pytest.raises(Unanswered):
+            second.verdict()
+        assert second.lost(lambda: "") == "rank 0 cannot be reached any more (no answer in 1 s)"
+        assert second.agree("rank 0 is behind") == "rank 0 is behind"
+        assert time.monotonic() - began < 30
+    finally:
+        host.kill()
+
+
+def test_a_run_that_is_given_up_ends_though_nothing_can_be_told_and_writes_its_checkpoint(tmp_path):
+    def write(seconds):
+        (tmp_path / "state").write_text("whole")
+
+    if not (child := os.fork()):
+        sys.stderr = open("/dev/full", "w", buffering=1)  # noqa: SIM115 - a full disk
+        Watchdog(None, 2.0, write)._give_up("rank 1 is behind", 0)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == LOST
+    assert (tmp_path / "state").read_text() == "whole"
+
+
+def test_a_model_may_take_longer_to_load_than_a_step():
+    watchdog = Watchdog(10, 2.0)
+    points.at("setup", 0)
+    assert watchdog._limit() == 1800
+    points.at("data.next", 0)
+    assert watchdog._limit() == 10
+    assert Watchdog(None, 2.0)._limit() == math.inf
+
+
 def sign(rank: int, **changes) -> Sign:
     return Sign(rank, "node", 100 + rank, 9, "backward.begin", 4, 3, 60.0, 0.1, "data")._replace(**changes)
 
 
 def test_the_rank_that_is_behind_is_the_one_that_the_others_wait_for():
-    signs = [sign(0), sign(1, point="step.begin", number=1), sign(2)]
-    assert [found.rank for found in behind(signs)] == [1]
+    told = [sign(0), sign(1, point="step.begin", number=1), sign(2)]
+    assert [found.rank for found in behind(told)] == [1]
     assert [found.rank for found in behind([sign(0), sign(1, step=3, number=9)])] == [1]
 
 

@@ -6,6 +6,7 @@ import stat
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from dpo_lightning.checkpoints.folder import published, step_number, verify
 from dpo_lightning.cluster import slurm
 from dpo_lightning.cluster.exits import NO_PROGRESS
 from dpo_lightning.cluster.interrupt import Interrupt
+from dpo_lightning.training.time_limit import TimeLimit
 from tests.ranks import ROOT, TINY, environment, fault, rows, run_ranks, trace, traced
 
 WORDS = [
@@ -130,11 +132,12 @@ def test_a_signal_in_the_middle_of_an_update_saves_whole_steps(tmp_path):
 
 
 def test_a_run_stops_by_itself_while_there_is_time_for_a_save(tmp_path):
-    end = time.time() + 7.5
-    interrupt = Interrupt(lambda: end, lambda: 0.5)  # 5 s and two of the longest steps are kept besides
+    ends = []
+    end_of_job = lambda: ends.append(time.time() + 9) or ends[0]  # noqa: E731 - asked when the training begins
+    interrupt = Interrupt(end_of_job, lambda: 0.5)  # 5 s and two of the longest steps are kept besides
     assert fit(Two(), interrupt, tmp_path, max_epochs=-1).global_step > 1
     assert interrupt.exit_code == 128 + signal.SIGUSR1
-    assert 5 < end - time.time() < 7
+    assert 4 < ends[0] - time.time() < 8
 
 
 class SlowValidation(Two):
@@ -148,12 +151,13 @@ class SlowValidation(Two):
 
 
 def test_a_run_stops_while_there_is_time_for_a_save_and_not_for_the_validation_before_it(tmp_path):
-    end = time.time() + 9
-    interrupt = Interrupt(lambda: end, lambda: 0.5)
+    ends = []
+    end_of_job = lambda: ends.append(time.time() + 11) or ends[0]  # noqa: E731
+    interrupt = Interrupt(end_of_job, lambda: 0.5)
     trainer = fit(SlowValidation(), interrupt, tmp_path, max_epochs=-1, val_check_interval=1)
     assert trainer.global_step > 1
     assert interrupt.state_dict() == {"validation_left_out": True}
-    assert 6 < end - time.time() < 8
+    assert 5 < ends[0] - time.time() < 9
 
 
 def test_only_the_first_signal_stops_what_can_be_left_out():
@@ -262,3 +266,36 @@ def test_a_scontrol_that_fails_is_told_of(tmp_path, monkeypatch, capsys):
     write_command(tmp_path / "scontrol", "echo no controller >&2; exit 1")
     slurm.requeue()
     assert "warning: scontrol requeue 7: no controller" in capsys.readouterr().out
+
+
+def test_steps_that_the_run_is_to_make_at_least_do_not_keep_it_from_stopping(tmp_path):
+    interrupt = Interrupt()
+    assert fit(Two(HalfStep), interrupt, tmp_path, max_epochs=-1, min_steps=1000, min_epochs=9).global_step == 1
+
+
+class Handlers(Two):
+    """Looks who has the signals when a validation begins."""
+
+    def on_validation_start(self):
+        self.seen = signal.getsignal(signal.SIGTERM)
+
+
+def test_lightning_takes_no_signal(tmp_path):
+    module, interrupt = Handlers(), Interrupt()
+    module.val_dataloader = lambda: torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.zeros(1)))
+    module.validation_step = lambda batch, batch_idx: None
+    fit(module, interrupt, tmp_path, max_steps=1)
+    assert module.seen == interrupt._request
+
+
+def test_a_time_limit_ends_at_a_whole_step(tmp_path):
+    module, limit = Two(), TimeLimit(timedelta(seconds=0.3))
+    step = module.training_step
+    module.training_step = lambda batch, batch_idx: (time.sleep(0.05), step(batch, batch_idx))[1]
+    trainer = pl.Trainer(
+        accelerator="cpu", callbacks=[limit], logger=False, enable_progress_bar=False, enable_checkpointing=False,
+        enable_model_summary=False, default_root_dir=tmp_path, max_epochs=-1, accumulate_grad_batches=4,
+    )  # fmt: skip
+    trainer.fit(module, torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.zeros(800))))
+    made = trainer.fit_loop.epoch_loop.batch_progress.current.completed
+    assert made == 4 * trainer.global_step > 4

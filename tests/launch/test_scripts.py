@@ -319,7 +319,7 @@ def test_machines_without_a_number_or_a_place_are_refused(words, told, tmp_path)
 AGENT = r"""
 trial=(bash launch/trial.sh model=tiny loss=dpo "model.note='two  words'")
 if [[ -n ${STOPPED_EARLY:-} ]]; then
-    env WANDB_SWEEP_ID=s1 WANDB_RUN_ID=r1 "${trial[@]}" & sleep 0.5; kill -TERM $!; wait
+    env WANDB_SWEEP_ID=s1 WANDB_RUN_ID=r1 "${trial[@]}" & sleep 1.5; kill -TERM $!; wait
 elif [[ -z ${NO_TRIAL:-} ]]; then
     env WANDB_SWEEP_ID=s1 WANDB_RUN_ID=r1 "${trial[@]}" || true
 fi
@@ -363,7 +363,7 @@ def test_a_trial_that_is_started_again_goes_on_and_is_no_other(checkout):
 
 
 def test_a_trial_that_the_sweep_stops_is_told_through_slurm(checkout):
-    ended = sweep(checkout, STOPPED_EARLY="1", SRUN_CODES="0 0 143", SRUN_DO="if ((n == 2)); then sleep 1; fi")
+    ended = sweep(checkout, STOPPED_EARLY="1", SRUN_CODES="0 0 143", SRUN_DO="if ((n == 2)); then sleep 3; fi")
     assert ended.calls("scancel") == [["--signal=TERM", "5_3"]], ended.output
     assert ended.code == 143
     assert not ended.calls("scontrol")

@@ -69,7 +69,8 @@ def test_a_variable_length_call_gets_the_same_segments(window, name, monkeypatch
     def call(q, k, v, ends_q, ends_k, longest_q, longest_k, *, window_size, **more):
         assert (longest_q, longest_k, window_size[1]) == (15, 20, 0)
         own = {"scale": 8**-0.5, "enable_gqa": True}
-        assert more == (own if name == "varlen" else {"softmax_scale": 8**-0.5, "causal": True, "softcap": 0.0})
+        rest = {"softmax_scale": 8**-0.5, "causal": True, "softcap": 0.0, "deterministic": False}
+        assert more == (own if name == "varlen" else rest)
         out = []
         for i in range(len(ends_q) - 1):
             qs, ks = slice(*ends_q[i : i + 2].tolist()), slice(*ends_k[i : i + 2].tolist())

@@ -57,7 +57,7 @@ class Tiny(nn.Module):
     def __init__(self, head):
         super().__init__()
         self.head = head
-        self.config = type("Config", (), {"get_text_config": lambda self: self, "final_logit_softcapping": None})()
+        self.config = type("Config", (), {"get_text_config": lambda self: self, "vocab_size": 11})()
 
     def get_output_embeddings(self):
         return self.head

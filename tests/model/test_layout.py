@@ -137,3 +137,16 @@ def test_the_default_device_that_a_model_is_built_under_does_not_matter():
     model = model_of("llama", {})
     with torch.device("meta"):
         assert choose_layout(model, "shared") == "shared"
+
+
+def test_a_window_that_layers_do_not_ask_for_is_not_left_out():
+    model = model_of("phimoe", {"sliding_window": 6, "num_local_experts": 2})  # it stands in its mask alone
+    assert choose_layout(model, "auto") == "padded (its sliding window is in a mask alone)"
+    with pytest.raises(UserError, match=r"its sliding window is in a mask alone; use data\.layout=auto or padded"):
+        choose_layout(model, "shared")
+
+
+def test_attention_in_chunks_is_not_left_out():
+    model = model_of("llama", {})
+    model.config.attention_chunk_size = 6
+    assert choose_layout(model, "auto") == "padded (its attention is chunked by a mask)"

@@ -1,9 +1,13 @@
 """Where models come from, and what is said when they cannot be had."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from dpo_lightning.model import source as source_module
 from dpo_lightning.model.source import ModelSource, wheel_file
 from dpo_lightning.types import UserError
 
@@ -108,3 +112,28 @@ def test_gradient_checkpointing_and_another_tokenizer_are_taken(tmp_path):
     assert not any(recomputes(plain.load(torch.float32)))
     assert any(recomputes(recomputing.load(torch.float32)))
     assert plain.load_tokenizer().name_or_path != recomputing.load_tokenizer().name_or_path
+
+
+def test_another_file_of_the_same_name_is_another_model(tmp_path, monkeypatch):
+    package = tmp_path / "renewed"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(source_module, "write_gguf", lambda file, folder: (folder / "w").write_bytes(file.read_bytes()))
+    source, found = ModelSource("wheel:renewed/a.gguf", tmp_path / "cache"), []
+    for content in (b"old", b"new", b"old"):
+        (package / "a.gguf").write_bytes(content)
+        os.utime(package / "a.gguf", ns=(len(found), len(found)))
+        found.append(source.folder())
+        assert Path(found[-1], "w").read_bytes() == content
+    assert found[0] == found[2] != found[1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "longest", "turns"), [("dynamic", 65, True), ("dynamic", 64, False), ("yarn", 65, False)]
+)
+def test_whether_positions_depend_on_the_batch(tmp_path, kind, longest, turns):
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64}
+    dimensions = {**TINY, "max_position_embeddings": 128, "rope_parameters": rope}
+    source = ModelSource("tiny", tmp_path, init="random", architecture="llama", dimensions=dimensions)
+    assert source.turns_by_batch(longest) is turns

@@ -139,3 +139,17 @@ def test_metrics_are_means_over_pairs_not_over_batches():
     meter.add({"a": torch.tensor([10.0]), "b": torch.tensor([4.0])})
     assert meter.read("val") == {"val/a": 4.0, "val/b": 1.0}
     assert meter.read("val") == {}
+
+
+def test_a_dtype_of_sixteen_bits_leaves_the_buffers_as_they_are():
+    """transformers keeps rotary frequencies in float32: in bfloat16 they are wrong by up to 0.4 %."""
+    module = DPOModule.__new__(DPOModule)
+    torch.nn.Module.__init__(module)
+    module.policy = torch.nn.Linear(2, 2)
+    module.policy.register_buffer("frequencies", torch.rand(5), persistent=False)
+    before = module.policy.frequencies.clone()
+    torch.nn.Module.to(module, torch.bfloat16)
+    assert module.policy.weight.dtype == torch.bfloat16
+    assert torch.equal(module.policy.frequencies, before)
+    torch.nn.Module.to(module, "meta")
+    assert (module.policy.frequencies.device.type, module.policy.frequencies.dtype) == ("meta", torch.float32)

@@ -1,11 +1,14 @@
 """A forward pass that does not fit is made in parts by all ranks: the same pairs, the same loss, the same gradient."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
-from dpo_lightning.training.parts import split
-from dpo_lightning.types import Batch
+from dpo_lightning.checkpoints.folder import STATE
+from dpo_lightning.training.parts import Parts, split
+from dpo_lightning.types import Batch, PairLogps
 from tests.ranks import TINY, fault, rows, run_ranks, trace, traced
 
 WORDS = [*TINY, "trainer.devices=2", "trainer.max_steps=4", "data.batch_size=4"]
@@ -66,3 +69,28 @@ def test_the_parts_are_the_batch(count):
         == np.arange(6.0).reshape(3, 2).tolist()
     )
     assert all(len(part.ids_T) == int(part.lengths_B3.sum()) for part in parts)
+
+
+def test_a_resumed_run_goes_on_in_parts(runs):
+    folder, _ = runs
+    for name in CASES:
+        for run, count in ((name, 1), (f"{name}-split", 2)):
+            (state, *_) = (folder / run / "checkpoints").glob(f"step-00000004/{STATE}")
+            assert torch.load(state, weights_only=True)["parts"] == count
+
+
+def test_the_reference_scores_a_part_once():
+    scored = {"policy": 0, "reference": 0}
+    weight = torch.ones(1, requires_grad=True)
+
+    def score(who, scale, batch):
+        scored[who] += 1
+        return PairLogps(*(scale * torch.ones(4, len(batch))))
+
+    parts = Parts()
+    parts.count = 2
+    batch = Batch(torch.arange(12), torch.tensor([[2, 1, 1]] * 3), torch.arange(3), 3)
+    policy, reference = parts._in_parts(batch, partial(score, "policy", weight), partial(score, "reference", 1.0))
+    policy.chosen.sum().backward()
+    assert (len(policy.chosen), len(reference.chosen)) == (3, 3)
+    assert scored == {"policy": 4, "reference": 2}

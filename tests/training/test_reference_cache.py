@@ -8,12 +8,14 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from dpo_lightning.cluster.exits import WRONG_NUMBERS
 from dpo_lightning.data.reference_store import RECORD, ReferenceStore
 from dpo_lightning.resolve import reference_mode
-from tests.ranks import run_ranks
+from dpo_lightning.types import PairLogps
+from tests.ranks import fault, run_ranks
 
 WORDS = [
     "model=tiny", "logger=none", "callbacks=none", "samples.count=0", "trainer.precision=32-true", "resume=never",
@@ -62,10 +64,12 @@ def test_cached_equals_live(train, lora, extra):
                 assert one[key] == pytest.approx(other[key], abs=2e-5, rel=bound), (one["step"], key)
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
-def test_cached_equals_live_in_bfloat16(train, precision):
-    words = [f"trainer.precision={precision}", "loss.beta=0.01"]
-    live, _ = train(*words, "reference=adapter_off")
+@pytest.mark.parametrize(
+    ("precision", "lora"), [("bf16-mixed", "r16"), ("bf16-true", "r16"), ("bf16-mixed", "none"), ("bf16-true", "none")]
+)
+def test_cached_equals_live_in_bfloat16(train, precision, lora):
+    words = [f"trainer.precision={precision}", f"lora={lora}", "loss.beta=0.01", "optim.lr=1e-4"]
+    live, _ = train(*words, f"reference={'adapter_off' if lora == 'r16' else 'frozen_copy'}")
     cached, computed = train(*words, "reference=cached")
     assert computed == [PAIRS]
     for one, other in zip(cached, live, strict=True):
@@ -111,6 +115,27 @@ def test_a_run_shorter_than_an_epoch_computes_what_it_meets(train):
     assert train(*short)[1] == [8]
     assert train(*short, "trainer.max_steps=3")[1] == [4]
     assert train(*short, "trainer.max_steps=3", "seed=5")[1][0] > 0
+
+
+def test_an_epoch_that_is_cut_short_computes_what_it_meets(train):
+    words = ["reference=cached", "trainer.limit_val_batches=0", "trainer.max_epochs=1"]
+    assert train(*words, "trainer.limit_train_batches=3")[1] == [12]
+
+
+def test_a_reference_that_gives_no_numbers_ends_the_run_as_such(cli, tmp_path, monkeypatch, capsys):
+    nothing = lambda policy, batch: PairLogps(*torch.full((4, len(batch)), torch.nan))  # noqa: E731
+    monkeypatch.setattr("dpo_lightning.model.reference.pair_logps", nothing)
+    assert cli(*WORDS, "reference=cached", f"run_dir={tmp_path / 'run'}") == WRONG_NUMBERS
+    assert "log-probabilities that are not finite" in capsys.readouterr().err
+
+
+def test_positions_that_depend_on_the_batch_are_not_cached(cli, tmp_path, capsys):
+    rope = "{rope_type: dynamic, rope_theta: 10000.0, factor: 2.0, original_max_position_embeddings: 64}"
+    words = [*WORDS, f"+model.dimensions.rope_parameters={rope}", "trainer.max_steps=1", f"run_dir={tmp_path / 'run'}"]
+    assert cli(*words, "reference=cached") == 2
+    assert "reference=cached: in sequences as long as these" in capsys.readouterr().err
+    assert cli(*words, "trainer.max_epochs=2", "trainer.max_steps=-1", "trainer.limit_train_batches=1") == 0
+    assert "mode: adapter_off" in (tmp_path / "run" / "config.yaml").read_text()
 
 
 def test_a_second_epoch_after_one_that_is_cut_short_meets_other_pairs(train):
@@ -179,6 +204,13 @@ def test_two_ranks_compute_each_pair_once_together(train, cache, tmp_path, metri
     for ours, theirs in zip(metrics(tmp_path / "two"), one, strict=True):
         if "train/loss" in ours:
             assert ours["train/loss"] == pytest.approx(theirs["train/loss"], abs=1e-5)
+
+
+def test_a_signal_to_one_rank_stops_the_pass_of_all(cache, tmp_path):
+    two = [*WORDS, "reference=cached", "trainer.accelerator=cpu", "trainer.devices=2", "strategy=ddp"]
+    signalled = fault("at=reference.batch;do=SIGTERM;rank=1;nth=2")
+    run_ranks([[*two, f"run_dir={tmp_path / 'run'}", *signalled]], cache, code=128 + signal.SIGTERM)
+    assert '"end": 143' in (tmp_path / "run" / "starts.jsonl").read_text()
 
 
 def test_a_pass_that_is_stopped_keeps_what_it_has(cache, tmp_path):

@@ -290,3 +290,21 @@ def test_a_lock_that_a_killed_compilation_left_is_waited_for_by_nobody(tmp_path,
         os.utime(lock, (1, 1))
     clear_stale_locks()
     assert [lock.exists() for lock in locks] == [False, True, True]
+
+
+def test_a_head_with_an_adapter_is_sharded_like_the_rest(tmp_path, cache):
+    """Its 2,048 tokens are enough for ZeRO-3 to shard it; smaller weights stay whole."""
+    words = [
+        *TINY, "trainer.max_steps=2", "data.max_pairs=16", "lora.target_modules=[q_proj,lm_head]",
+        "+model.dimensions.vocab_size=2048", "model.dimensions.tie_word_embeddings=false",
+    ]  # fmt: skip
+    run_ranks([[*words, "data.batch_size=4", f"run_dir={tmp_path / 'one'}"]], cache, world=1)
+    two = ["trainer.devices=2", "strategy=zero3", "data.batch_size=2"]
+    run_ranks([[*words, *two, f"run_dir={tmp_path / 'two'}"]], cache)
+    for ours, theirs in zip(rows(tmp_path / "two"), rows(tmp_path / "one"), strict=True):
+        for key in {"train/loss", "train/grad_norm", "val/loss"} & {*theirs}:
+            assert ours[key] == pytest.approx(theirs[key], abs=1e-5, rel=1e-5), key
+    weights, expected = exported(tmp_path / "two"), exported(tmp_path / "one")
+    assert any("lm_head" in key for key in expected)
+    for key, value in expected.items():
+        torch.testing.assert_close(weights[key], value, atol=1e-5, rtol=1e-5)
