@@ -98,20 +98,21 @@ def test_ranks_that_nobody_has_started_for_the_other_end_when_one_hangs(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("killed", "world", "point", "told"),
+    ("killed", "world", "point", "step", "told"),
     [
-        (1, 3, "save.gather", "rank 1 ("),
-        (0, 2, "step.begin", "rank 0 cannot be reached any more"),  # the store of the signs goes with it
+        (1, 3, "save.gather", 3, "rank 1 ("),
+        (0, 2, "step.begin", 3, "rank 0 cannot be reached any more"),  # the store of the signs goes with it
+        (1, 2, "setup", 0, "rank 1 ("),  # before its model is loaded
     ],
 )
-def test_the_ranks_that_are_left_name_the_one_that_is_killed(tmp_path, cache, killed, world, point, told):
-    fault = f"at={point};do=SIGKILL;rank={killed};step=3"
+def test_the_ranks_that_are_left_name_the_one_that_is_killed(tmp_path, cache, killed, world, point, step, told):
+    fault = f"at={point};do=SIGKILL;rank={killed};step={step}"
     ended = run_alone(tmp_path / "run", cache, fault, "strategy=zero2", world=world)
     assert ended.pop(killed)[0] == -signal.SIGKILL
     for code, output in ended:
         assert code == LOST or output.splitlines()[-1] == f"[{LOST}]", output  # by the watchdog, or by its error
         assert told in output and "goes on from its last checkpoint" in output
-    assert to_resume("auto", tmp_path / "run") is not None
+    assert (to_resume("auto", tmp_path / "run") is not None) == (step > 0)
 
 
 def test_one_rank_that_crashes_ends_the_run_with_its_own_words(tmp_path, cache):
