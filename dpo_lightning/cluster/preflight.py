@@ -52,9 +52,8 @@ def add_up(device: torch.device, rank: int, world: int, address: str) -> None:
             world_size=world, timeout=MEET,
         )  # fmt: skip
         counted = 0
-        for place in dict.fromkeys(
-            [device, torch.device("cpu")]
-        ):  # the training's ranks talk by way of their GPUs and their hosts
+        # the training's ranks talk by way of their GPUs and of their hosts
+        for place in dict.fromkeys([device, torch.device("cpu")]):
             total = torch.ones(1, device=place)
             torch.distributed.all_reduce(total)
             counted = int(total.item())
