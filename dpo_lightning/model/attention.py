@@ -24,7 +24,8 @@ NAME = "dpo_shared_prefix"
 # torch 2.11 lets heads share keys without being asked, later ones if they are.
 GROUPED = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 WINDOWS: set[int | None] = set()  # that layers have asked for, so that a probe can tell which do
-BLOCK = 256  # queries of a segment at a time: bounds the scores kept, and skips keys that lie ahead
+BLOCK = 256  # queries of a segment at a time: bounds the scores at hand, and skips keys that lie ahead
+KEPT = 320  # keys: weights of a block with no more wait for the backward pass, others are computed again
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def blocks(segments: Segments, window: int | None) -> Iterator[Block]:
 
 
 class BlockAttention(torch.autograd.Function):
-    """Attention by batched matrix products; the scores of a block are recomputed in the backward pass.
+    """Attention by batched matrix products; see KEPT for what the backward pass computes again.
 
     query (T, heads, d), key and value (T, kv heads, d); returns (T, heads, d).
     """
@@ -111,39 +112,73 @@ class BlockAttention(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: Segments, rule: ScoreRule
     ) -> Tensor:  # fmt: skip
-        """Go through the blocks; keep the inputs alone."""
-        ctx.save_for_backward(query, key, value)
+        """Go through the blocks; keep the inputs, and the weights of small blocks."""
         ctx.segments, ctx.rule = segments, rule
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
-        key, value = (x.index_select(0, segments.keys_K) for x in (key, value))
-        exact_k, v = key.to(_exact(key)).transpose(0, 1), value.transpose(0, 1)
+        v = value.index_select(0, segments.keys_K).transpose(0, 1)
+        probs_of = _Probs(query, key, segments, rule)
+        kept: list[Tensor] = []
         for block in blocks(segments, rule.window):
-            q = _group(query[block.rows], len(v), exact_k.dtype)
-            probs, _ = _probs(q, exact_k[:, block.keys], segments.bias(block, rule), rule)
-            _ungroup(probs.to(v.dtype) @ v[:, block.keys], out[block.rows])
+            probs, _ = probs_of(block)
+            _ungroup(probs @ v[:, block.keys], out[block.rows])
+            if any(ctx.needs_input_grad) and _is_kept(block, rule):
+                kept.append(probs)
+        ctx.save_for_backward(query, key, value, *kept)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """Add up the gradients of keys and values over the blocks that see them, in float32."""
-        query, key, value = ctx.saved_tensors
-        segments, rule = ctx.segments, ctx.rule
+        query, key, value, *saved = ctx.saved_tensors
+        segments, rule, kept = ctx.segments, ctx.rule, iter(saved)
         grad_q = torch.empty_like(query, memory_format=torch.contiguous_format)
         dtype, exact, tokens = key.dtype, _exact(key), len(key)
         k, v = (x.index_select(0, segments.keys_K).transpose(0, 1) for x in (key, value))
-        exact_k, grad_k, grad_v = k.to(exact), torch.zeros_like(k, dtype=exact), torch.zeros_like(v, dtype=exact)
+        grad_k, grad_v = torch.zeros_like(k, dtype=exact), torch.zeros_like(v, dtype=exact)
+        probs_of = _Probs(query, key, segments, rule)
         for block in blocks(segments, rule.window):
             rows, keys = block
             q, g = _group(query[rows], len(k), dtype), _group(grad[rows], len(k), dtype)
-            probs, slope = _probs(q.to(exact), exact_k[:, keys], segments.bias(block, rule), rule)
-            probs = probs.to(dtype)
+            probs, slope = (next(kept), None) if _is_kept(block, rule) else probs_of(block)
             grad_v[:, keys] += probs.mT @ g
             scores = torch.ops.aten._softmax_backward_data(g @ v[:, keys].mT, probs, -1, dtype)
-            scores = scores.mul_(rule.scale if slope is None else slope)
-            _ungroup(scores @ k[:, keys], grad_q[rows])
+            scores = scores if slope is None else scores.mul_(slope)
+            _ungroup(_scaled(rule.scale, scores, k[:, keys]), grad_q[rows])
             grad_k[:, keys] += scores.mT @ q
+        grad_k *= rule.scale
         both = (x.new_zeros(len(x), tokens, x.shape[2]).index_add_(1, segments.keys_K, x) for x in (grad_k, grad_v))
         return grad_q, *(x.transpose(0, 1).to(dtype) for x in both), None, None
+
+
+def _is_kept(block: Block, rule: ScoreRule) -> bool:
+    """Return whether the weights of a block wait for the backward pass; under a cap it needs their slopes, too."""
+    return rule.cap is None and block.keys.stop - block.keys.start <= KEPT
+
+
+class _Probs:
+    """The attention weights of one block after the other; gathers the keys when they are first asked for."""
+
+    def __init__(self, query: Tensor, key: Tensor, segments: Segments, rule: ScoreRule):
+        self.query, self.key, self.segments, self.rule = query, key, segments, rule
+
+    @cached_property
+    def keys(self) -> Tensor:
+        """Return the gathered keys (kv heads, K, d) in the dtype of scores."""
+        return self.key.index_select(0, self.segments.keys_K).to(_exact(self.key)).transpose(0, 1)
+
+    def __call__(self, block: Block) -> tuple[Tensor, Tensor | None]:
+        """Return the weights (kv heads, group * queries, keys), and the scores' slope where a cap bends them."""
+        rule, slope = self.rule, None
+        k = self.keys[:, block.keys]
+        q = _group(self.query[block.rows], len(k), k.dtype)
+        scores = _scaled(rule.scale, q, k.mT)
+        if rule.cap is not None:
+            bent = scores.div_(rule.cap).tanh_()
+            slope = 1 - bent.square()
+            scores = bent.mul_(rule.cap)
+        bias = self.segments.bias(block, rule)
+        scores.view(len(q), -1, len(bias), scores.shape[2])[..., -bias.shape[1] :].add_(bias)
+        return scores.softmax(-1).to(self.key.dtype), slope
 
 
 def _exact(x: Tensor) -> torch.dtype:
@@ -167,16 +202,9 @@ def _ungroup(x: Tensor, out: Tensor) -> None:
     )
 
 
-def _probs(q: Tensor, k: Tensor, bias: Tensor, rule: ScoreRule) -> tuple[Tensor, Tensor | None]:
-    """Return the attention weights, and d score / d (q k^T) where a cap makes it more than the scale."""
-    slope = None
-    scores = torch.baddbmm(q.new_empty(1), q, k.mT, beta=0, alpha=rule.scale)
-    if rule.cap is not None:
-        bent = scores.div_(rule.cap).tanh_()
-        slope = (1 - bent.square()).mul_(rule.scale)
-        scores = bent.mul_(rule.cap)
-    scores.view(len(q), -1, len(bias), scores.shape[2])[..., -bias.shape[1] :].add_(bias)
-    return scores.softmax(-1), slope
+def _scaled(scale: float, a: Tensor, b: Tensor) -> Tensor:
+    """Return scale a b of batched matrices; the product itself scales."""
+    return torch.baddbmm(a.new_empty(1), a, b, beta=0, alpha=scale)
 
 
 def attend(

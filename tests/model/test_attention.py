@@ -14,6 +14,7 @@ RULES = [(None, None), (6, None), (None, 2.0), (3, 2.0)]
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     monkeypatch.setattr(attention, "BLOCK", 4)
+    monkeypatch.setattr(attention, "KEPT", 12)  # of up to 20
 
 
 def inputs(opening, heads=4, kv_heads=2, d=8, dtype=torch.float32):
@@ -50,6 +51,20 @@ def test_blocks_equal_the_definition(window, cap, opening):
     torch.testing.assert_close(out, expected, atol=2e-6, rtol=0)
     ours, theirs = (torch.autograd.grad(o, (q, k, v), g, retain_graph=True) for o in (out, expected))
     torch.testing.assert_close(ours, theirs, atol=5e-6, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_are_kept_and_those_computed_again_give_the_same_bits(dtype, monkeypatch):
+    row, (q, k, v), g = inputs(3, dtype=dtype)
+    found, sizes = [], []
+    for limit in (0, 12, 100):
+        monkeypatch.setattr(attention, "KEPT", limit)
+        out = BlockAttention.apply(q, k, v, row.segments, ScoreRule(0.3, None, None))
+        sizes.append([x.shape[-1] for x in out.grad_fn.saved_tensors[3:]])
+        found.append(torch.autograd.grad(out, (q, k, v), g))
+    assert sizes[0] == [] and max(sizes[1]) <= 12 < max(sizes[2])
+    for other in found[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
 
 
 @pytest.mark.parametrize(("window", "cap"), RULES[:2])
