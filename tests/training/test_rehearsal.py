@@ -14,7 +14,7 @@ from dpo_lightning.model.source import ModelSource
 from dpo_lightning.objective.losses import dpo
 from dpo_lightning.training.module import DPOModule
 from dpo_lightning.training.optim import adamw
-from dpo_lightning.training.rehearsal import Rehearsal
+from dpo_lightning.training.rehearsal import Rehearsal, _backward
 from tests.ranks import TINY, fault, rows, run_ranks, trace, traced
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -73,6 +73,34 @@ def test_the_largest_batch_goes_first_and_changes_no_bit(data, tune):
     assert all(torch.equal(a, b) for a, b in zip(rehearsed, weights, strict=True))
     assert torch.equal(then, random)
     assert module.meters["train"].read("train") == plain.meters["train"].read("train")
+
+
+def test_the_pairs_of_a_batch_that_fails_are_known(data, monkeypatch):
+    plain, *_ = fit(data, DROPOUT, [])
+    largest = max(plain.seen, key=lambda pairs: data_tokens(data)[pairs].sum())
+    modules = []
+
+    def fail(self, batch):
+        modules.append(self)
+        raise RuntimeError("a row that no model can take")
+
+    monkeypatch.setattr(Scored, "forward", fail)
+    with pytest.raises(RuntimeError, match="no model can take"):
+        fit(data, DROPOUT, [Rehearsal()])
+    assert modules[0].guard.rows == [largest]
+
+
+def test_of_the_gradients_none_is_held(monkeypatch):
+    weights = [torch.nn.Parameter(torch.full((3, 3), float(n + 1))) for n in range(4)]
+    made, held = [], []
+    for p in weights:
+        p.register_hook(lambda gradient: made.append(gradient.untyped_storage().nbytes()))
+    grad = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *args, **more: held.extend(grad(*args, **more)))
+    _backward((torch.ones(1, 3) @ weights[0] @ weights[1] @ weights[2] @ weights[3]).sum(), weights)
+    assert made == [36] * 4, "nine float32 each: the whole backward pass is gone through"
+    assert [gradient.untyped_storage().nbytes() for gradient in held] == [4] * 4
+    assert all(p.grad is None and len(p._backward_hooks) == 1 for p in weights)
 
 
 def data_tokens(data):
