@@ -44,7 +44,6 @@ from dpo_lightning.training.module import DPOModule
 from dpo_lightning.training.precision import frozen_dtype, store_linears
 from dpo_lightning.training.progress import ProgressBar
 from dpo_lightning.training.reference_cache import ReferenceCache
-from dpo_lightning.training.rehearsal import Rehearsal
 from dpo_lightning.training.summary import Summary, print_facts
 from dpo_lightning.training.time_limit import TimeLimit
 from dpo_lightning.types import UserError
@@ -83,7 +82,7 @@ def train(cfg: DictConfig, run_dir: Path, resume: Path | None, sweep: bool) -> i
     plan = {"run_dir": str(run_dir), "checkpoint": str(resume), "data": fingerprint(data), **flat(plain(cfg))}
     trainer = build_trainer(cfg, run_dir, saver, [
         Agreement(plan, begin), Summary(facts(cfg, source, data, run_dir, resume, strategy)), watchdog,
-        Failures(run_dir), Rehearsal(), log, interrupt,
+        Failures(run_dir), log, interrupt,
     ], Checkpoints(run_dir, cfg.checkpoint.every_n_steps, interrupt.words))  # fmt: skip
     cache = ReferenceCache(cache_dir() / "reference", source.weights_digest, interrupt)
     if cfg.reference.mode == "cached":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import islice
 from typing import Any
 
 import lightning.pytorch as pl
@@ -148,21 +147,6 @@ class PreferenceData(pl.LightningDataModule):
             self.tokens_N, self.batch_size, trainer.accumulate_grad_batches, self.seed, self.shuffle,
             trainer.global_rank, trainer.world_size,
         )  # fmt: skip
-
-    def largest_ahead(self) -> Batch | None:
-        """Return the batch with the most tokens that this rank has ahead in this epoch; None where it has none."""
-        trainer = self.trainer
-        assert trainer is not None
-        order, (epoch, done) = self.order(), self.position
-        order.skip = self.position
-        order.set_epoch(epoch)
-        met = done // order.step_pairs * order.accumulate
-        ahead = limited(len(order), trainer.limit_train_batches) - met
-        if trainer.max_steps >= 0:
-            ahead = min(ahead, (trainer.max_steps - trainer.global_step) * order.accumulate)
-        micros = islice(order, max(0, ahead))
-        largest = max(micros, key=lambda micro: int(self.tokens_N[list(micro.rows)].sum()), default=None)
-        return None if largest is None else self.pairs["train"][largest]
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Return this rank's micro-batches; Lightning sets the epoch of the order."""

@@ -35,7 +35,7 @@ class Parts:
         again. Raises TooLarge with the remedy where a single pair does not fit.
         """
         while True:
-            random = random_states()
+            random = _random_states()
             try:
                 scores, failed = self._in_parts(batch, policy, reference), ""
             except torch.OutOfMemoryError as error:
@@ -50,8 +50,9 @@ class Parts:
                 raise TooLarge(f"a single pair does not fit into the device's memory ({failed or 'on another rank'}); "
                                "use a smaller data.max_length, or model.gradient_checkpointing=true")  # fmt: skip
             scores = None
-            restore_random(random)
+            torch.set_rng_state(random[0])
             if torch.cuda.is_available():
+                torch.cuda.set_rng_state(random[1])
                 torch.cuda.empty_cache()
             self.count *= 2
             trainer.lightning_module.print(
@@ -68,16 +69,9 @@ class Parts:
         return _joined([checkpoint(policy, part, use_reentrant=False) for part in parts]), fixed
 
 
-def random_states() -> list[torch.Tensor]:
+def _random_states() -> list[torch.Tensor]:
     """Return the state of the host's random numbers, and of the device's where there is one."""
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])]
-
-
-def restore_random(states: list[torch.Tensor]) -> None:
-    """Go on with the random numbers of then."""
-    torch.set_rng_state(states[0])
-    if len(states) > 1:
-        torch.cuda.set_rng_state(states[1])
 
 
 def split(batch: Batch, count: int) -> list[Batch]:
