@@ -15,8 +15,15 @@ printf '%s\0' "${words[@]}" >"$DPO_LIGHTNING_TRIAL.new"
 mv "$DPO_LIGHTNING_TRIAL.new" "$DPO_LIGHTNING_TRIAL"
 
 # The sweep stops a trial early by SIGTERM to this process. It goes to the ranks through scancel: srun, if it got
-# the signal, would kill them on the spot.
-trap 'scancel --signal=TERM "$DPO_LIGHTNING_JOB" || true' TERM
+# the signal, would kill them on the spot. When SLURM itself ends the job, to start it again too, everybody gets
+# SIGTERM, and the job runs no more: scancel would try until it does, and so stop it after its next start.
+# shellcheck disable=SC2317 # the trap calls it
+stop() {
+    if [[ $(squeue --noheader --jobs="$DPO_LIGHTNING_JOB" --format=%T) == RUNNING ]]; then
+        scancel --signal=TERM "$DPO_LIGHTNING_JOB" || true
+    fi
+}
+trap stop TERM
 env "${words[@]}" &
 child=$!
 code=0

@@ -69,7 +69,7 @@ def run(folder: Path, script: Path, *words: str, **env: str) -> Ended:
     shutil.rmtree(record, ignore_errors=True)
     record.mkdir(parents=True)
     fakes.mkdir(exist_ok=True)
-    for name in ("srun", "sbatch", "scontrol", "scancel", "wandb", "python"):
+    for name in ("srun", "sbatch", "scontrol", "scancel", "squeue", "wandb", "python"):
         (fakes / name).write_text(FAKE)
         (fakes / name).chmod(0o755)
     known = {"PATH": f"{fakes}:/usr/bin:/bin", "HOME": str(folder), "RECORD": str(record), "LC_ALL": "C.UTF-8"}
@@ -362,11 +362,34 @@ def test_a_trial_that_is_started_again_goes_on_and_is_no_other(checkout):
     assert sweep(checkout, SRUN_CODES="0 0 137", SLURM_RESTART_COUNT="2").calls("scontrol") == [["requeue", "5_3"]]
 
 
+def stop_a_trial(folder: Path, state: str) -> Ended:
+    """Send SIGTERM to a trial while SLURM says that its job is in this state."""
+    step = "if ((n == 2)); then sleep 3; fi"
+    return sweep(folder, STOPPED_EARLY="1", SRUN_CODES="0 0 143", SRUN_DO=step, SQUEUE_DO=f"echo {state}")
+
+
 def test_a_trial_that_the_sweep_stops_is_told_through_slurm(checkout):
-    ended = sweep(checkout, STOPPED_EARLY="1", SRUN_CODES="0 0 143", SRUN_DO="if ((n == 2)); then sleep 3; fi")
+    ended = stop_a_trial(checkout, "RUNNING")
+    assert ended.calls("squeue") == [["--noheader", "--jobs=5_3", "--format=%T"]]
     assert ended.calls("scancel") == [["--signal=TERM", "5_3"]], ended.output
     assert ended.code == 143
     assert not ended.calls("scontrol")
+
+
+@pytest.mark.parametrize("state", ["COMPLETING", "PENDING"])
+def test_a_trial_that_slurm_stops_to_start_it_again_is_not_stopped_after_that(checkout, state):
+    ended = stop_a_trial(checkout, state)
+    assert len(ended.calls("squeue")) == 1, ended.output
+    assert not ended.calls("scancel"), "scancel tries again until the job runs"
+
+
+def test_a_requeue_that_ends_its_own_command_has_not_failed(tmp_path):
+    does = 'kill -TERM "$PPID"; sleep 0.2; kill -TERM $$'
+    ended = train(tmp_path, SRUN_CODES="0 0 138", SCONTROL_DO=does)
+    assert ended.calls("scontrol") == [["requeue", "7"]]
+    assert "do it yourself" not in ended.output
+    failed = train(tmp_path, SRUN_CODES="0 0 138", SCONTROL_CODES="1")
+    assert "do it yourself: scontrol requeue 7" in failed.output
 
 
 def test_a_sweep_that_is_over_is_told_of(checkout):
