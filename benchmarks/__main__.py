@@ -17,6 +17,10 @@ from benchmarks.runs import ROOT, Bench, BenchmarkError
 from benchmarks.workloads import ARMS, COMPACT, DATA, WORKLOADS, Workload
 
 RESULTS = ROOT / "benchmarks" / "results"
+SLOW = (
+    "warning: this processor has no bfloat16 instructions: a step may take minutes; "
+    "--precision 32 compares both programs in float32"
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -29,6 +33,7 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--steps", type=positive, help="steps that are timed")
     parse.add_argument("--pairs", type=positive, help="pairs a step")
     parse.add_argument("--device", choices=("cpu", "cuda"), help="what both programs train on; cpu")
+    parse.add_argument("--precision", choices=("bf16", "32"), help="what both programs compute in; bf16")
     parse.add_argument("--model", type=words_of, metavar="WORDS", help='such as "model=llama32_1b"; model=smollm2')
     parse.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parse.add_argument("--resume", action="store_true", help="go on with a benchmark of the same code that was cut off")
@@ -61,7 +66,7 @@ def positive(text: str) -> int:
 
 def chosen(options: argparse.Namespace) -> list[Workload]:
     """Return the workloads as the options want them."""
-    keys = ("warmup", "steps", "pairs", "device", "model")
+    keys = ("warmup", "steps", "pairs", "device", "precision", "model")
     changes = {key: getattr(options, key) for key in keys if getattr(options, key) is not None}
     if options.arms:
         changes["arms"] = tuple(_known(name, ARMS) for name in options.arms.split(","))
@@ -74,6 +79,12 @@ def _known(name: str, names: Iterable[str]) -> str:
     if name not in names:
         raise BenchmarkError(f"there is no {name}; there are {', '.join(names)}")
     return name
+
+
+def warn(workloads: Iterable[Workload]) -> None:
+    """Say beforehand what would otherwise be learnt from hours of waiting."""
+    if any((one.device, one.precision) == ("cpu", "bf16") for one in workloads) and machine.lacks_bfloat16():
+        print(SLOW, file=sys.stderr)
 
 
 def bench(workload: Workload, options: argparse.Namespace) -> None:
@@ -99,7 +110,9 @@ def main(words: Sequence[str]) -> int:
         print(table.write(load(options.table)))
         return 0
     try:
-        for workload in chosen(options):
+        workloads = chosen(options)
+        warn(workloads)
+        for workload in workloads:
             bench(workload, options)
     except BenchmarkError as error:
         print(f"error: {error}", file=sys.stderr)

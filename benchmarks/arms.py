@@ -54,15 +54,16 @@ def environment(arm: str, scratch: Path, inherited: Mapping[str, str], device: s
     }
 
 
-def our_words(workload: Workload, arm: str, rows: Path, run_dir: Path, float32: bool = False) -> list[str]:
+def our_words(workload: Workload, arm: str, rows: Path, run_dir: Path) -> list[str]:
     """Return the words behind `python -m dpo_lightning` for one of our arms."""
     live = "adapter_off" if workload.lora else "frozen_copy"
+    precision = "bf16-mixed" if workload.precision == "bf16" else "32-true"
     words = [
         *workload.model, f"trainer.accelerator={'cpu' if workload.device == 'cpu' else 'gpu'}",
         "trainer.devices=1", f"lora={'r16' if workload.lora else 'none'}", f"optim.lr={workload.lr}",
         f"reference={'cached' if arm == CACHED else live}", "data=jsonl", f"data.path={rows}", f"data.val_path={rows}",
         f"data.batch_size={workload.pairs}", "data.shuffle=false", f"data.max_length={workload.max_length}",
-        f"trainer.max_steps={workload.all_steps}", f"trainer.precision={'32-true' if float32 else 'bf16-mixed'}",
+        f"trainer.max_steps={workload.all_steps}", f"trainer.precision={precision}",
         "trainer.log_every_n_steps=1", "trainer.limit_val_batches=0", "optim.schedule=constant",
         "optim.warmup_fraction=0", "callbacks=none", "logger=none", "samples.count=0", "seed=0", "resume=never",
         f"run_dir={run_dir}",
@@ -70,7 +71,7 @@ def our_words(workload: Workload, arm: str, rows: Path, run_dir: Path, float32: 
     return [*words, "model.gradient_checkpointing=true"] if arm == CHECKPOINTED else words
 
 
-def trl_config(workload: Workload, arm: str, run_dir: Path, float32: bool = False) -> dict[str, Any]:
+def trl_config(workload: Workload, arm: str, run_dir: Path) -> dict[str, Any]:
     """Return DPOConfig's keywords for one of TRL's arms; what is not here is as TRL ships it."""
     config: dict[str, Any] = {
         "output_dir": str(run_dir),
@@ -88,20 +89,19 @@ def trl_config(workload: Workload, arm: str, run_dir: Path, float32: bool = Fals
     }
     if arm != SHIPPED:
         config |= {"gradient_checkpointing": False, "precompute_ref_log_probs": True, "bf16": True}
-        if workload.lora:  # weights that train stay in float32, or the updates would be rounded away
+        # Weights that train stay in float32, or the updates would be rounded away.
+        if workload.lora and workload.precision == "bf16":
             config["model_init_kwargs"] = {"dtype": "bfloat16"}
-    return {**config, "bf16": False} if float32 else config
+    return config if workload.precision == "bf16" else {**config, "bf16": False}
 
 
-def command(
-    workload: Workload, arm: str, rows: Path, run_dir: Path, model: str, float32: bool = False
-) -> list[str]:  # fmt: skip
+def command(workload: Workload, arm: str, rows: Path, run_dir: Path, model: str) -> list[str]:
     """Return the command line of an arm that trains `rows` and leaves its traces in `run_dir`."""
     if program_of(arm) == "ours":
-        return [sys.executable, "-m", "dpo_lightning", *our_words(workload, arm, rows, run_dir, float32)]
+        return [sys.executable, "-m", "dpo_lightning", *our_words(workload, arm, rows, run_dir)]
     job = {
         "model": model, "rows": str(rows), "out": str(run_dir / "trl.json"), "compact": arm == COMPACT,
-        "config": trl_config(workload, arm, run_dir, float32), "lora": LORA if workload.lora else None,
+        "config": trl_config(workload, arm, run_dir), "lora": LORA if workload.lora else None,
     }  # fmt: skip
     return [sys.executable, "-m", "benchmarks.trl_arm", json.dumps(job)]
 

@@ -12,13 +12,14 @@ from typing import Any
 from benchmarks.arms import cores
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "lightning")
+BFLOAT16 = {"avx512_bf16", "amx_bf16"}  # without either, products in bfloat16 are emulated
 SOURCES = ("dpo_lightning", "conf", ":(glob)benchmarks/*.py")  # what a result depends on
+CPUINFO = Path("/proc/cpuinfo")
 
 
-def describe(device: str = "cpu", cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, Any]:
+def describe(device: str = "cpu", cpuinfo: Path = CPUINFO) -> dict[str, Any]:
     """Return processor, cores, threads an arm has, and memory; the accelerator where device is cuda."""
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    models = _told("model name", cpuinfo)
     return {
         "processor": models[0] if models else platform.machine(),
         "cores": os.cpu_count(),
@@ -26,6 +27,22 @@ def describe(device: str = "cpu", cpuinfo: Path = Path("/proc/cpuinfo")) -> dict
         "memory_gb": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1),
         **({"accelerator": accelerator()} if device == "cuda" else {}),
     }
+
+
+def lacks_bfloat16(cpuinfo: Path = CPUINFO) -> bool:
+    """Return whether the processor is known to have no bfloat16 instructions; torch would know, but is too large here.
+
+    "flags" are an x86's: of any other processor nothing is known.
+    """
+    flags = _told("flags", cpuinfo)
+    return bool(flags) and not BFLOAT16 & {*flags[0].split()}
+
+
+def _told(key: str, cpuinfo: Path) -> list[str]:
+    """Return what is told of each core."""
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    pairs = (line.partition(":") for line in lines)
+    return [value.strip() for name, _, value in pairs if name.strip() == key]
 
 
 def accelerator() -> str:

@@ -93,7 +93,9 @@ def unfinished(folder: Path, like: Record) -> Path | None:
 
 
 def new_file(folder: Path, record: Record) -> Path:
-    """Return a file name that is free: the date, the workload, cuda if so, and a number where a day has several."""
-    stem = f"{record.started[:10]}-{record.workload.name}" + ("-cuda" if record.workload.device == "cuda" else "")
+    """Return a free file name: date, workload, cuda and float32 if so, and a number where a day has several."""
+    workload = record.workload
+    kind = ("-cuda" if workload.device == "cuda" else "") + ("-float32" if workload.precision == "32" else "")
+    stem = f"{record.started[:10]}-{workload.name}{kind}"
     names = (folder / f"{stem}{suffix}.json" for suffix in ("", *(f"-{n}" for n in range(2, 1000))))
     return next(file for file in names if not file.exists())

@@ -20,6 +20,7 @@ from benchmarks.workloads import LIVE, SHIPPED, Workload
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRATCH = Path("runs", "benchmark")  # caches, rows, logs and run folders: under what git ignores
+PARITY = 0  # stands for a round's number
 PARITY_STEPS, PARITY_PAIRS = 3, 4
 PARITY_BOUNDS = {"loss": 1e-4, "grad_norm": 1e-2, "chosen": 1e-2, "rejected": 1e-2}
 TAIL = 20  # lines of a failed process' output that are shown
@@ -121,20 +122,20 @@ class Bench:
 
     def _parity(self) -> None:
         """Raise BenchmarkError unless both programs compute the same on the same tokens in float32."""
-        small = replace(self.workload, warmup=0, steps=PARITY_STEPS, pairs=min(PARITY_PAIRS, self.workload.pairs))
-        theirs = self._train(small, SHIPPED, 0, float32=True).steps
-        ours = self._train(small, LIVE, 0, float32=True).steps
+        pairs = min(PARITY_PAIRS, self.workload.pairs)
+        small = replace(self.workload, warmup=0, steps=PARITY_STEPS, pairs=pairs, precision="32")
+        theirs, ours = (self._train(small, arm, PARITY).steps for arm in (SHIPPED, LIVE))
         self.record.parity = compare(theirs, ours)
         self.record.save(self.file)
         print(f"{self.workload.name}: float32 parity, largest differences: {self.record.parity}", flush=True)
 
-    def _train(self, workload: Workload, arm: str, number: int, float32: bool = False) -> Run:
-        name = f"{'parity' if float32 else number}-{arm}"
+    def _train(self, workload: Workload, arm: str, number: int) -> Run:
+        name = f"{'parity' if number == PARITY else number}-{arm}"
         run_dir = self.folder / name
         shutil.rmtree(run_dir, ignore_errors=True)
         run_dir.mkdir(parents=True)
         load = os.getloadavg()[0]
-        words = command(workload, arm, self.rows, run_dir, self.model, float32)
+        words = command(workload, arm, self.rows, run_dir, self.model)
         child = self._child(f"{workload.name}-{name}", words, arm)
         steps, peak_device = read_steps(arm, run_dir, workload.pairs), read_memory(arm, run_dir)
         if len(steps) != workload.all_steps:

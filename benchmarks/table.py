@@ -8,7 +8,7 @@ from statistics import mean, median
 
 from benchmarks.arms import program_of
 from benchmarks.records import Record, Run, Step
-from benchmarks.workloads import ARMS, TARGETS, Target, Workload
+from benchmarks.workloads import ARMS, ARMS_IN_FLOAT32, TARGETS, Target, Workload
 
 GB = 1e9
 
@@ -108,7 +108,8 @@ def write(record: Record) -> str:
 
 def _heading(record: Record) -> Iterator[str]:
     versions, machine = record.versions, record.machine
-    yield f"# {record.workload.name}: dpo_lightning against TRL {versions['trl']}"
+    precision = "" if record.workload.precision == "bf16" else f" in {record.workload.dtype}"
+    yield f"# {record.workload.name}{precision}: dpo_lightning against TRL {versions['trl']}"
     yield ""
     programs = ", ".join(f"{name} {versions[name]}" for name in ("dpo_lightning", "torch", "transformers", "peft"))
     yield f"{record.started}; {programs}."
@@ -123,20 +124,27 @@ def _heading(record: Record) -> Iterator[str]:
 
 
 def _targets(record: Record) -> Iterator[str]:
-    yield "| | median | spread | must | aim | |"
-    yield "|---|---|---|---|---|---|"
+    judged = record.workload.precision == "bf16"
+    yield "| | median | spread |" + " must | aim | |" * judged
+    yield "|---|---|---|" + "---|---|---|" * judged
     for target in targets_of(record.workload):
         found = measured(target, record)
         show = _percent if target.measure == "mfu" else _times
         cells = [show(found.median), f"{show(found.least)} to {show(found.most)}"] if found else ["", ""]
         limits = ["" if limit is None else show(limit) for limit in (target.must, target.aim)]
-        yield f"| {' | '.join([target.label, *cells, *limits, verdict(target, found)])} |"
+        judgement = [*limits, verdict(target, found)] if judged else []
+        yield f"| {' | '.join([target.label, *cells, *judgement])} |"
+    if not judged:
+        yield ""
+        yield "No targets: those of this workload are for bfloat16."
 
 
 def targets_of(workload: Workload) -> list[Target]:
-    """Return the table's lines: those of arms that take part, and on CUDA without the limits, which are a CPU's."""
+    """Return the lines of arms that take part, without limits on CUDA or in float32: they are a CPU's in bfloat16."""
     lines = [t for t in TARGETS[workload.name] if {t.over, t.under or t.over} <= {*workload.arms}]
-    return lines if workload.device == "cpu" else [replace(t, must=None, aim=None) for t in lines]
+    if (workload.device, workload.precision) == ("cpu", "bf16"):
+        return lines
+    return [replace(t, label=t.label.replace("bfloat16", workload.dtype), must=None, aim=None) for t in lines]
 
 
 def _times(value: float) -> str:
@@ -201,8 +209,8 @@ def _setting(record: Record) -> Iterator[str]:
     mode = "LoRA r 16 on all linear layers" if workload.lora else "full fine-tuning"
     yield (
         f"`{' '.join(workload.model)}`, {mode}, learning rate {workload.lr:g}, {workload.pairs} pairs a step in file "
-        f"order, bfloat16; rounds: {record.rounds}, in each every arm once, one process after the other. A ratio is of "
-        "the total time of the timed steps, or of the peaks of memory, of two runs of one round."
+        f"order, {workload.dtype}; rounds: {record.rounds}, in each every arm once, one process after the other. "
+        "A ratio is of the total time of the timed steps, or of the peaks of memory, of two runs of one round."
     )
     yield ""
     yield (
@@ -216,4 +224,5 @@ def _setting(record: Record) -> Iterator[str]:
         yield ""
         yield f"Both in float32, first steps, largest difference: {told}."
     yield ""
-    yield from (f"- `{arm}`: {ARMS[arm]}." for arm in workload.arms)
+    arms = ARMS if workload.precision == "bf16" else ARMS_IN_FLOAT32
+    yield from (f"- `{arm}`: {arms[arm]}." for arm in workload.arms)

@@ -18,6 +18,11 @@ ARMS = {
     CACHED: "dpo_lightning, reference cached",
     CHECKPOINTED: "dpo_lightning, reference in the run, activations recomputed",
 }
+ARMS_IN_FLOAT32 = {
+    **ARMS,
+    SHIPPED: "TRL's defaults, bfloat16 off: reference in the run, activations recomputed",
+    TUNED: "TRL, reference computed before, no recomputation, allocator settings",
+}
 # TRL's and ours in turn, so that a slow minute of the machine falls on both.
 ALL = (SHIPPED, LIVE, TUNED, CACHED, COMPACT, CHECKPOINTED)
 
@@ -37,11 +42,17 @@ class Workload:
     max_length: int = 1024
     device: Literal["cpu", "cuda"] = "cpu"
     model: tuple[str, ...] = ("model=smollm2",)  # what dpo_lightning's command line says of it
+    precision: Literal["bf16", "32"] = "bf16"  # of both programs; bf16 is mixed, its frozen weights stored as such
 
     @property
     def all_steps(self) -> int:
         """Return the steps of a run."""
         return self.warmup + self.steps
+
+    @property
+    def dtype(self) -> str:
+        """Return what the matrix products are computed in."""
+        return "bfloat16" if self.precision == "bf16" else "float32"
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ class Children:
         self.file, self.started, self.saved = file, [], []
         self.loss = {"trl": 0.5, "ours": 0.5}
         self.digest, self.lost_steps = "d", 0
+        self.in_float32 = set()
 
     def __call__(self, words: list[str], env: dict[str, str], log: Path) -> runs.Child:
         self.started.append(log.stem.removeprefix("hh-lora-"))
@@ -29,15 +30,21 @@ class Children:
             self.write_pairs(json.loads(words[-1]))
         elif "benchmarks.trl_arm" in words:
             job = json.loads(words[-1])
+            self.note(job["config"].get("bf16") is False)
             step = {"seconds": 4.0, "loss": self.loss["trl"], "grad_norm": 1.0, "chosen": -9.0, "rejected": -8.0}
             steps = [step] * (job["config"]["max_steps"] - self.lost_steps)
             Path(job["out"]).write_text(json.dumps({"steps": steps, "digest": self.digest}))
         elif "dpo_lightning" in words:
             told = dict(word.split("=", 1) for word in words[3:])
+            self.note(told["trainer.precision"] == "32-true")
             logps = {"train/logps/chosen": -9.0, "train/logps/rejected": -8.0}
             row = {"train/loss": self.loss["ours"], "train/grad_norm": 1.0, "perf/pairs_per_second": 8.0, **logps}
             Path(told["run_dir"], "metrics.jsonl").write_text(f"{json.dumps(row)}\n" * int(told["trainer.max_steps"]))
         return runs.Child(10**12, 9.0)
+
+    def note(self, float32: bool) -> None:
+        if float32:
+            self.in_float32.add(self.started[-1])
 
     def write_pairs(self, job: dict[str, Any]) -> None:
         pairs = {"file": "x", "distinct": 24, "left_out": 0, "lengths": [[9, 1, 1]] * job["wanted"], "digest": "d"}
@@ -63,11 +70,18 @@ def test_parity_first_then_rounds_in_which_the_arms_take_turns_each_saved_at_onc
     trained = [f"{number}-{arm}" for number in (1, 2) for arm in (SHIPPED, LIVE)]
     before = ["pairs", "imports-trl", "imports-ours", f"parity-{SHIPPED}", f"parity-{LIVE}"]
     assert children.started == [*before, *trained]
+    assert children.in_float32 == {*before[3:]}
     assert children.saved[-4:] == [0, 1, 2, 3]
     assert load(children.file) == record
     assert record.parity == {"loss": 0, "grad_norm": 0, "chosen": 0, "rejected": 0}
     assert [[step.seconds for step in run.steps] for run in record.runs] == [[4.0] * 3, [1.0] * 3] * 2
     assert len(record.pairs["lengths"]) == 3 * 8
+
+
+def test_in_float32_every_round_is_as_exact_as_parity(children: Children):
+    bench(children, Record(replace(WORKLOAD, precision="32"), 1, "2026-01-02 03:04", {}, {}))
+    assert children.in_float32 == {f"{turn}-{arm}" for turn in ("parity", 1) for arm in (SHIPPED, LIVE)}
+    assert load(children.file).workload.precision == "32"
 
 
 def test_a_benchmark_that_was_cut_off_does_only_what_is_missing(children: Children):

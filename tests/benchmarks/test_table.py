@@ -1,14 +1,17 @@
 """Figures from handmade runs: every ratio, median and verdict below is worked out by hand."""
 
+import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from benchmarks import table
+from benchmarks import __main__ as program
+from benchmarks import machine, table
 from benchmarks.__main__ import chosen, main, parser
 from benchmarks.records import Record, Run, Step, load, new_file, unfinished
-from benchmarks.runs import BenchmarkError, compare
+from benchmarks.runs import ROOT, BenchmarkError, compare
 from benchmarks.workloads import ARMS, CACHED, CHECKPOINTED, LIVE, SHIPPED, TARGETS, TUNED, WORKLOADS, Target, Workload
 
 MB = 10**6
@@ -100,6 +103,24 @@ def test_on_cuda_the_devices_memory_counts_and_a_cpus_limits_do_not():
     assert "One G;" in text and LIVE not in text
 
 
+def test_in_float32_the_report_says_so_and_judges_nothing():
+    exact = replace(WORKLOADS["hh-lora"], precision="32", warmup=1, steps=2, pairs=2)
+    text = table.write(record(*(run(arm, 1, [9, 30, 10], mfu=0.5) for arm in exact.arms), workload=exact))
+    assert text.startswith("# hh-lora in float32: ")
+    assert "2 pairs a step in file order, float32;" in text
+    assert [line for line in text.splitlines() if "bfloat16" in line] == [
+        "No targets: those of this workload are for bfloat16.",
+        f"- `{SHIPPED}`: TRL's defaults, bfloat16 off: reference in the run, activations recomputed.",
+    ]
+    speed, share = (target.label.replace("bfloat16", "float32") for target in (TARGETS["hh-lora"][i] for i in (0, -1)))
+    assert share == "share of the float32 GEMM peak, reference cached (`perf/mfu`)"
+    assert cells(text, speed) == [speed, "1x", "1x to 1x"]
+    assert cells(text, share) == [share, "50%", "50% to 50%"]
+    assert "| | median | spread |\n|---|---|---|\n" in text
+    assert {(t.must, t.aim) for t in table.targets_of(exact)} == {(None, None)}
+    assert "must" not in table.write(record(workload=exact)) and "not run" not in table.write(record(workload=exact))
+
+
 def test_report_has_ratios_and_arms():
     text = table.write(record(run(SHIPPED, 1, [9, 30, 10], 1100 * MB), run(LIVE, 1, [4, 4, 4], 700 * MB)))
     speed = "speed against shipped, both paying for the reference"
@@ -134,6 +155,21 @@ def test_a_record_comes_back_as_it_was_saved_and_its_table_is_printed(tmp_path: 
     assert capsys.readouterr().out.strip() == table.write(kept).strip()
 
 
+def test_a_record_from_before_there_was_a_choice_is_in_bfloat16(tmp_path: Path):
+    kept, file = record(run(SHIPPED, 1, [1, 2, 3])), tmp_path / "r.json"
+    kept.save(file)
+    told = json.loads(file.read_text())
+    assert told["workload"].pop("precision") == "bf16"
+    file.write_text(json.dumps(told))
+    assert load(file) == kept
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "benchmarks" / "results").glob("*.json")), ids=lambda file: file.stem)
+def test_recorded_benchmarks_can_still_be_printed(file: Path):
+    kept = load(file)
+    assert f", {kept.workload.dtype}; rounds: {kept.rounds}," in table.write(kept)
+
+
 def test_what_was_cut_off_goes_on_where_it_stopped(tmp_path: Path):
     cut = record(run(SHIPPED, 1, [1, 1, 1]), rounds=2)
     assert cut.missing() == [(1, LIVE), (2, SHIPPED), (2, LIVE)]
@@ -145,6 +181,11 @@ def test_what_was_cut_off_goes_on_where_it_stopped(tmp_path: Path):
     assert unfinished(tmp_path, fresh) == file
     assert unfinished(tmp_path, replace(fresh, versions={**fresh.versions, "dpo_lightning": "other"})) is None
     assert unfinished(tmp_path, replace(fresh, workload=replace(WORKLOAD, steps=3))) is None
+    exact = replace(fresh, workload=replace(WORKLOAD, precision="32"))
+    assert unfinished(tmp_path, exact) is None
+    assert new_file(tmp_path, exact).name == "2026-01-02-hh-lora-float32.json"
+    on_gpu = replace(exact, workload=replace(exact.workload, device="cuda"))
+    assert new_file(tmp_path, on_gpu).name == "2026-01-02-hh-lora-cuda-float32.json"
     cut.runs = [run(arm, number, [1, 1, 1]) for number in (1, 2) for arm in WORKLOAD.arms]
     cut.save(file)
     assert unfinished(tmp_path, fresh) is None
@@ -167,6 +208,27 @@ def test_options_change_the_workloads(capsys):
     (workload,) = chosen(options)
     assert workload == replace(WORKLOADS["hh-full"], steps=1, warmup=0, arms=(SHIPPED, LIVE))
     assert chosen(parser().parse_args([])) == [*WORKLOADS.values()]
+    exact = chosen(parser().parse_args(["--precision", "32"]))
+    assert exact == [replace(one, precision="32") for one in WORKLOADS.values()]
     for words in (["hh-lroa"], ["--arms", "trl"]):
         assert main(words) == 2
         assert "there is no" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "lacks", "warnings"),
+    [
+        ([], True, 1),  # one for all workloads
+        (["--precision", "bf16"], True, 1),
+        (["--precision", "32"], True, 0),
+        (["--device", "cuda"], True, 0),
+        ([], False, 0),
+    ],
+)
+def test_slow_bfloat16_is_told_beforehand(words: list[str], lacks: bool, warnings: int, monkeypatch, capsys):
+    monkeypatch.setattr(machine, "lacks_bfloat16", lambda: lacks)
+    monkeypatch.setattr(program, "bench", lambda *_: print("begun", file=sys.stderr))
+    assert main(words) == 0
+    told = capsys.readouterr().err.splitlines()
+    assert told == [program.SLOW] * warnings + ["begun"] * len(WORKLOADS)
+    assert "--precision 32" in program.SLOW

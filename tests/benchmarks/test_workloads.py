@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -74,10 +75,11 @@ def test_a_training_takes_the_tokens_that_were_digested(data: Path, tmp_path: Pa
     assert token_digest(rows[::-1]) != told["digest"]
 
 
+@pytest.mark.parametrize("precision", ["bf16", "32"])
 @pytest.mark.parametrize("arm", OURS)
 @pytest.mark.parametrize("name", WORKLOADS)
-def test_our_words_compose_to_what_the_workload_says(name: str, arm: str, data: Path, tmp_path: Path):
-    workload = WORKLOADS[name]
+def test_our_words_compose_to_what_the_workload_says(name: str, arm: str, precision, data: Path, tmp_path: Path):
+    workload = replace(WORKLOADS[name], precision=precision)
     words = arms.our_words(workload, arm, data, tmp_path / "run")
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("config", words)
@@ -90,8 +92,7 @@ def test_our_words_compose_to_what_the_workload_says(name: str, arm: str, data: 
     assert cfg.optim.lr == workload.lr
     assert cfg.reference.mode == ("cached" if arm == CACHED else "adapter_off" if workload.lora else "frozen_copy")
     assert cfg.model.gradient_checkpointing == (arm == CHECKPOINTED)
-    assert cfg.trainer.precision == "bf16-mixed"
-    assert "trainer.precision=32-true" in arms.our_words(workload, arm, data, tmp_path, float32=True)
+    assert cfg.trainer.precision == {"bf16": "bf16-mixed", "32": "32-true"}[precision]
 
 
 def test_on_cuda_both_programs_are_given_one_gpu_and_the_model_that_was_asked_for(data: Path, tmp_path: Path):
@@ -117,11 +118,21 @@ def test_trl_arms_differ_from_what_is_shipped_in_what_they_say():
     }  # fmt: skip
     assert arms.trl_config(workload, COMPACT, folder) == tuned
     assert "model_init_kwargs" not in arms.trl_config(WORKLOADS["hh-full"], TUNED, folder)
-    assert arms.trl_config(workload, SHIPPED, folder, float32=True)["bf16"] is False
     jobs = {arm: json.loads(arms.command(workload, arm, folder, folder, "m")[-1]) for arm in ARMS if arm[:3] == "trl"}
     assert [arm for arm, job in jobs.items() if job["compact"]] == [COMPACT]
     assert jobs[SHIPPED]["lora"]["r"] == 16
     assert json.loads(arms.command(WORKLOADS["hh-full"], SHIPPED, folder, folder, "m")[-1])["lora"] is None
+
+
+@pytest.mark.parametrize("arm", [SHIPPED, TUNED, COMPACT])
+def test_trl_arms_in_float32_differ_in_that_alone(arm: str):
+    workload = WORKLOADS["hh-lora"]
+    both = (replace(workload, precision="32"), workload)
+    config, other = (arms.trl_config(one, arm, Path("x")) for one in both)
+    assert config["bf16"] is False
+    assert "model_init_kwargs" not in config  # TRL's default is float32
+    ignored = {"bf16", "model_init_kwargs"}
+    assert {key: config[key] for key in {*config} - ignored} == {key: other[key] for key in {*other} - ignored}
 
 
 def test_environment_is_the_arms_own(tmp_path: Path):
@@ -172,3 +183,29 @@ def test_machine_names_no_host_and_no_path(tmp_path: Path):
     assert told["processor"] == "Fast One"
     assert {*told} == {"processor", "cores", "threads", "memory_gb"}
     assert "/" not in json.dumps([told, machine.versions()])
+
+
+@pytest.mark.parametrize(
+    ("text", "lacks"),
+    [
+        ("flags\t\t: fpu avx2 avx512bw\nvmx flags\t: amx_bf16\n", True),
+        ("flags\t\t: fpu avx512_bf16\n", False),
+        ("flags\t\t: fpu amx_bf16 amx_tile\n", False),
+        ("Features\t: fp asimd\n", False),  # ARM's: nothing is known
+        (None, False),
+    ],
+)
+def test_a_processor_without_bfloat16_is_known_by_its_flags(text: str | None, lacks: bool, tmp_path: Path):
+    cpuinfo = tmp_path / "cpuinfo"
+    if text is not None:
+        cpuinfo.write_text(text)
+    assert machine.lacks_bfloat16(cpuinfo) is lacks
+
+
+def test_the_parent_stays_small():
+    code = (
+        "import sys; from benchmarks import __main__ as program, workloads;"
+        "program.warn(workloads.WORKLOADS.values()); print('torch' in sys.modules)"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert told.stdout.split() == ["False"]
