@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from dpo_lightning.model.logps import base_of
 
 PEAK_SECONDS = 0.3  # a processor has slow moments: it is shared with others, or its clock has yet to rise
+PEAK_SHARE = 0.005  # of the training's time may go into timing products again
+PEAK_PRODUCTS = 4  # at the least, or it is not worth while
 
 
 @dataclass(frozen=True)
@@ -62,17 +64,40 @@ class PairFlops:
         )
 
 
-def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the operations a second that the device reaches on one large matrix product, the best of many."""
-    n = 8192 if device.type == "cuda" else 1024
-    # Random, as a GPU multiplies constants faster; by a generator of its own, as a metric must not change a run.
-    a = torch.randn(n, n, device=device, dtype=dtype, generator=torch.Generator(device).manual_seed(0))
-    end = time.perf_counter() + PEAK_SECONDS
+class MatmulPeak:
+    """The operations a second that a device reaches on one large matrix product, the best of many.
+
+    A processor that is shared with others changes its speed by a third within minutes, so that an interval of the
+    training is held against products that are timed right before it and right after. A GPU keeps its speed: there
+    the first measurement serves all.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype):
+        self.operations = 2 * (n := 8192 if device.type == "cuda" else 1024) ** 3
+        # Random, as a GPU multiplies constants faster; by a generator of its own, as a metric must not change a run.
+        matrix = torch.randn(n, n, device=device, dtype=dtype, generator=torch.Generator(device).manual_seed(0))
+        self.fastest = _fastest(matrix, PEAK_SECONDS)  # seconds of a product
+        self.matrix = matrix if device.type == "cpu" else None
+        self.due = 0.0  # seconds that may go into the next measurement
+
+    def over(self, seconds: float) -> float:
+        """Return the peak beside the interval of this many seconds that has just ended; cheap, or 0.5 % of the time."""
+        self.due += PEAK_SHARE * seconds
+        before = self.fastest
+        if self.matrix is not None and self.due >= PEAK_PRODUCTS * before:
+            self.fastest = _fastest(self.matrix, min(self.due, PEAK_SECONDS))
+            self.due = 0.0
+        return self.operations / min(before, self.fastest)
+
+
+def _fastest(matrix: Tensor, budget: float) -> float:
+    """Return the seconds of the fastest of `matrix`' squares, as many as take `budget` seconds, two at the least."""
+    end = time.perf_counter() + budget
     seconds: list[float] = []
     while len(seconds) < 2 or time.perf_counter() < end:
         began = time.perf_counter()
-        torch.mm(a, a)
-        if device.type != "cpu":
+        torch.mm(matrix, matrix)
+        if matrix.device.type != "cpu":
             torch.accelerator.synchronize()
         seconds.append(time.perf_counter() - began)
-    return 2 * n**3 / min(seconds)
+    return min(seconds)

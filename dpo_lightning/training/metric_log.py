@@ -10,7 +10,7 @@ import torch
 
 from dpo_lightning.cluster import points
 from dpo_lightning.cluster.ranks import over_ranks
-from dpo_lightning.model.flops import PairFlops, matmul_peak
+from dpo_lightning.model.flops import MatmulPeak, PairFlops
 from dpo_lightning.model.padded import positions
 from dpo_lightning.types import Batch
 
@@ -28,7 +28,7 @@ class MetricLog(pl.Callback):
         self._since = self._paused = time.perf_counter()
         self._work = torch.zeros(4, dtype=torch.float64)  # pairs, tokens, positions, FLOPs of this rank
         self._needed: PairFlops | None = None
-        self._peak = 0.0
+        self._peak: MatmulPeak | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Start the clock after set-up and first validation."""
@@ -37,7 +37,7 @@ class MetricLog(pl.Callback):
         if self._needed is not None:
             device, precision = pl_module.device, str(trainer.precision)
             kinds = {"bf16": torch.bfloat16, "16": torch.float16 if device.type == "cuda" else torch.bfloat16}
-            self._peak = matmul_peak(device, kinds.get(precision.partition("-")[0], torch.float32))
+            self._peak = MatmulPeak(device, kinds.get(precision.partition("-")[0], torch.float32))
         self._restart(time.perf_counter())
 
     def _restart(self, now: float) -> None:
@@ -86,8 +86,8 @@ class MetricLog(pl.Callback):
             metrics["train/skipped_steps"] = pl_module.skipped_steps
         if pl_module.device.type == "cuda":
             metrics["perf/device_memory_gb"] = torch.cuda.max_memory_allocated(pl_module.device) / 1e9
-        if self._needed is not None:
-            metrics["perf/mfu"] = flops / seconds / (self._peak * trainer.world_size)
+        if self._peak is not None:  # what it takes to time the peak again counts for the steps to come
+            metrics["perf/mfu"] = flops / seconds / (self._peak.over(seconds) * trainer.world_size)
         self._restart(now)
         self._log(trainer, metrics, step)
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from dpo_lightning.model.flops import PairFlops, matmul_peak
+from dpo_lightning.model import flops
+from dpo_lightning.model.flops import MatmulPeak, PairFlops
 from dpo_lightning.model.lora import add_lora, no_lora
 from tests.model.test_layout import model_of
 
@@ -48,4 +49,24 @@ def test_a_mixture_of_experts_is_not_counted():
 
 
 def test_the_peak_is_a_speed():
-    assert 1e9 < matmul_peak(torch.device("cpu"), torch.float32) < 1e14
+    assert 1e9 < MatmulPeak(torch.device("cpu"), torch.float32).over(1.0) < 1e14
+
+
+def test_an_interval_is_held_against_the_faster_of_the_products_before_and_after_it(monkeypatch):
+    """On a processor whose speed changes, a slow moment at the training's start would make every share too large."""
+    speeds = iter([0.04, 0.01, 0.02, 0.03])  # seconds of the fastest product, as each measurement finds it
+    budgets = []
+    monkeypatch.setattr(flops, "_fastest", lambda matrix, budget: budgets.append(budget) or next(speeds))
+    peak = MatmulPeak(torch.device("cpu"), torch.float32)
+    seconds = [peak.operations / peak.over(40.0) for _ in range(3)]
+    assert seconds == pytest.approx([0.01, 0.01, 0.02])
+    assert budgets == [flops.PEAK_SECONDS, pytest.approx(0.2), pytest.approx(0.2), pytest.approx(0.2)]
+
+
+def test_timing_the_peak_again_waits_until_it_is_a_two_hundredth_of_the_time(monkeypatch):
+    timed = []
+    monkeypatch.setattr(flops, "_fastest", lambda matrix, budget: timed.append(budget) or 0.01)
+    peak = MatmulPeak(torch.device("cpu"), torch.float32)
+    for _ in range(10):
+        peak.over(1.0)  # four products of 0.01 s are due after 8 s
+    assert timed == [flops.PEAK_SECONDS, pytest.approx(0.04)]
