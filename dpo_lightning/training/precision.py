@@ -16,6 +16,13 @@ def resolve_precision(precision: str, accelerator: str) -> str:
     return "bf16-mixed" if has_bf16 else "32-true"
 
 
+def caveat(precision: str, device: str) -> str | None:
+    """Return what to know of a precision on a kind of device: asked for, bfloat16 is emulated where it must be."""
+    if device != "cpu" or not precision.startswith("bf16") or torch.cpu._is_avx512_bf16_supported():
+        return None
+    return "no AVX512_BF16 here: steps may take 10 times as long as in float32, which trainer.precision=auto takes"
+
+
 def frozen_dtype(precision: str) -> torch.dtype:
     """Return the dtype of weights that do not train."""
     return torch.bfloat16 if precision.startswith("bf16") else torch.float32

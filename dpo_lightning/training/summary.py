@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dpo_lightning.training.precision import caveat
+
 
 class Summary(pl.Callback):
     """Prints `facts` and what is known once the model is built: parameters, reference, devices, steps."""
@@ -29,6 +31,7 @@ class Summary(pl.Callback):
         trainable = sum(size for trains, size in sizes if trains)
         everything = sum(size for _, size in sizes)
         kind = trainer.strategy.root_device.type
+        precision = [str(trainer.precision), _dtypes(parameters), caveat(str(trainer.precision), kind)]
         facts = {
             **self.facts,
             "parameters": f"{everything:,}, {trainable:,} trainable ({trainable / everything:.1%})",
@@ -37,7 +40,7 @@ class Summary(pl.Callback):
             "devices": f"{trainer.world_size} x {kind}, on {trainer.num_nodes} nodes"
             if trainer.num_nodes > 1
             else f"{trainer.world_size} x {kind}",
-            "precision": f"{trainer.precision}; {_dtypes(parameters)}",
+            "precision": "; ".join(filter(None, precision)),
             "steps": f"{int(trainer.estimated_stepping_batches)}",
         }
         print_facts("DPO", facts)

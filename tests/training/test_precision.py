@@ -3,12 +3,13 @@
 import copy
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dpo_lightning.model.layout import probe
 from dpo_lightning.model.logps import pair_logps
-from dpo_lightning.training.precision import frozen_dtype, resolve_precision, store_linears
+from dpo_lightning.training.precision import caveat, frozen_dtype, resolve_precision, store_linears
 
 
 def test_auto_follows_the_machine():
@@ -17,6 +18,16 @@ def test_auto_follows_the_machine():
     assert resolve_precision("16-mixed", "cpu") == "16-mixed"
     assert frozen_dtype("bf16-mixed") == torch.bfloat16
     assert frozen_dtype("32-true") == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "has_it", "warned"),
+    [("bf16-mixed", "cpu", False, True), ("bf16-true", "cpu", False, True), ("bf16-mixed", "cpu", True, False),
+     ("32-true", "cpu", False, False), ("bf16-mixed", "cuda", False, False)],
+)  # fmt: skip
+def test_emulated_bfloat16_is_told(precision, device, has_it, warned, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_it)
+    assert ("trainer.precision=auto" in (caveat(precision, device) or "")) is warned
 
 
 def test_a_frozen_copy_stored_in_bf16_computes_the_same_bits_under_autocast():
