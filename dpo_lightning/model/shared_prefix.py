@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dpo_lightning.model.attention import Segments
+from dpo_lightning.model import last_mlp
+from dpo_lightning.model.segments import Segments
 from dpo_lightning.types import Batch
 
 
@@ -25,6 +26,7 @@ class Plan(NamedTuple):
     positions_T: Tensor  # of each of them in its own sequence
     rows_S: Tensor  # places in the row that predict a completion token
     targets_S: Tensor  # those tokens' places in the batch
+    read_R: Tensor  # rows_S, each once and in order
     segments: Segments
 
 
@@ -34,9 +36,10 @@ def scored_rows(trunk: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     Ordered by pair, chosen before rejected. The prompt's last row predicts both first tokens.
     """
     row = plan(batch.lengths_B3, batch.opening, batch.ids_T.device)
+    last_mlp.install(trunk)
     hidden = trunk(
         input_ids=batch.ids_T[row.tokens_T][None], position_ids=row.positions_T[None], use_cache=False,
-        segments=row.segments,
+        segments=row.segments, read_R=row.read_R,
     ).last_hidden_state  # fmt: skip
     return hidden[0][row.rows_S], batch.ids_T[row.targets_S]
 
@@ -49,11 +52,13 @@ def plan(lengths_B3: Tensor, opening: int, device: torch.device) -> Plan:
     ([0, 1, 2, 3, 4, 6, 7, 8], [0, 1, 2, 2, 3, 1, 2, 2])
     >>> row.rows_S.tolist(), row.targets_S.tolist()
     ([1, 1, 3, 5, 5], [2, 3, 4, 7, 8])
+    >>> row.read_R.tolist()
+    [1, 3, 5]
     >>> row.segments.ends_q, row.segments.ends_k, row.segments.keys_K.tolist()
     ([0, 1, 3, 5, 7, 8], [0, 1, 4, 8, 11, 14], [0, 0, 1, 2, 0, 1, 3, 4, 0, 5, 6, 0, 5, 7])
     """
     shared = torch.arange(opening)
-    tokens, positions, rows, targets, keys = [shared], [shared], [], [], [shared]
+    tokens, positions, rows, targets, read, keys = [shared], [shared], [], [], [], [shared]
     ends_q, ends_k = ([0, opening], [0, opening]) if opening else ([0], [0])
     source, start = 0, opening
     for p, c, r in lengths_B3.tolist():
@@ -61,15 +66,16 @@ def plan(lengths_B3: Tensor, opening: int, device: torch.device) -> Plan:
         rejected, end = chosen + c, chosen + c + r
         tokens.append(torch.arange(source + opening, source + p + c + r))
         positions += [torch.arange(opening, p + c), torch.arange(p, p + r)]
-        last = torch.tensor([chosen - 1])
-        rows += [last, torch.arange(chosen, rejected - 1), last, torch.arange(rejected, end - 1)]
+        rest = torch.arange(rejected, end - 1)
+        read += [torch.arange(chosen - 1, rejected - 1), rest]
+        rows += [read[-2], torch.tensor([chosen - 1]), rest]
         targets.append(torch.arange(source + p, source + p + c + r))
         keys += [shared, torch.arange(start, rejected), shared]
         keys += [torch.arange(start, chosen), torch.arange(rejected, end)]
         ends_q += [rejected, end]
         ends_k += [ends_k[-1] + p + c, ends_k[-1] + p + c + p + r]
         source, start = source + p + c + r, end
-    tokens_T, positions_T, rows_S, targets_S, keys_K = (
-        torch.cat(parts).to(device, non_blocking=True) for parts in (tokens, positions, rows, targets, keys)
+    tokens_T, positions_T, rows_S, targets_S, read_R, keys_K = (
+        torch.cat(parts).to(device, non_blocking=True) for parts in (tokens, positions, rows, targets, read, keys)
     )
-    return Plan(tokens_T, positions_T, rows_S, targets_S, Segments(ends_q, ends_k, keys_K))
+    return Plan(tokens_T, positions_T, rows_S, targets_S, read_R, Segments(ends_q, ends_k, keys_K))

@@ -22,7 +22,7 @@ from dpo_lightning.data.reference_store import ReferenceStore
 from dpo_lightning.model.attention import way
 from dpo_lightning.model.logps import base_of
 
-VERSION = 3  # part of the key: raise it when the same pair would get other log-probabilities
+VERSION = 4  # part of the key: raise it when the same pair would get other log-probabilities
 TOLD_EVERY = 60.0  # seconds between lines on a pass that takes long
 
 

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from dpo_lightning.model.attention import BlockAttention, ScoreRule, fused, varlen
+from dpo_lightning.model.attention import fused, varlen
+from dpo_lightning.model.block_attention import BlockAttention
 from dpo_lightning.model.layout import choose_layout
+from dpo_lightning.model.segments import ScoreRule
 from dpo_lightning.model.shared_prefix import plan
 from dpo_lightning.model.source import ModelSource
 from tests.cluster.test_preflight import ranks

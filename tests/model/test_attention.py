@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from dpo_lightning.model import attention
-from dpo_lightning.model.attention import BlockAttention, ScoreRule, attend, fused, way
+from dpo_lightning.model import attention, block_attention, segments
+from dpo_lightning.model.attention import attend, fused, way
+from dpo_lightning.model.block_attention import BlockAttention
+from dpo_lightning.model.segments import ScoreRule
 from dpo_lightning.model.shared_prefix import plan
 
 LENGTHS = torch.tensor([[11, 5, 9], [6, 12, 3], [4, 1, 1]])
@@ -13,8 +15,8 @@ RULES = [(None, None), (6, None), (None, 2.0), (3, 2.0)]
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(attention, "BLOCK", 4)
-    monkeypatch.setattr(attention, "KEPT", 12)  # of up to 20
+    monkeypatch.setattr(segments, "BLOCK", 4)
+    monkeypatch.setattr(block_attention, "KEPT", 12)  # of up to 20
 
 
 def inputs(opening, heads=4, kv_heads=2, d=8, dtype=torch.float32):
@@ -58,7 +60,7 @@ def test_weights_that_are_kept_and_those_computed_again_give_the_same_bits(dtype
     row, (q, k, v), g = inputs(3, dtype=dtype)
     found, sizes = [], []
     for limit in (0, 12, 100):
-        monkeypatch.setattr(attention, "KEPT", limit)
+        monkeypatch.setattr(block_attention, "KEPT", limit)
         out = BlockAttention.apply(q, k, v, row.segments, ScoreRule(0.3, None, None))
         sizes.append([x.shape[-1] for x in out.grad_fn.saved_tensors[3:]])
         found.append(torch.autograd.grad(out, (q, k, v), g))
