@@ -68,8 +68,8 @@ class MatmulPeak:
     """The operations a second that a device reaches on one large matrix product, the best of many.
 
     A processor that is shared with others changes its speed by a third within minutes, so that an interval of the
-    training is held against products that are timed right before it and right after. A GPU keeps its speed: there
-    the first measurement serves all.
+    training is held against products that are timed before it and after it: as near as PEAK_SHARE allows. A GPU
+    keeps its speed: there the first measurement serves all.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype):

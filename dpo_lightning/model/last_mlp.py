@@ -12,34 +12,30 @@ from torch import Tensor, nn
 
 
 class ReadRows:
-    """Hooks of one layer's attention and MLP; without `read_R` among attention's keywords they change nothing.
+    """Stands before the forward functions of one layer's attention and MLP.
 
-    Attention is called within the layer, as the layer's own hooks are not where activation checkpointing computes it
-    again: the rows are right there, too, whatever batch has come between.
+    Attention finds `read_R` (R,) among its keywords and the MLP, which comes after it, works on these rows. Where
+    there are none, as in the padded layout, all is as ever. Attention is called within the layer's forward function:
+    so the rows are right when activation checkpointing calls that again, whatever batch has come between. No hooks,
+    as the layer's own do not run then, and ZeRO has all of them removed before a validation.
     """
 
     def __init__(self, attention: nn.Module, mlp: nn.Module):
         self.read_R: Tensor | None = None
-        self.rows = 0
-        attention.register_forward_pre_hook(self._enter, with_kwargs=True)
-        mlp.register_forward_pre_hook(self._select)
-        mlp.register_forward_hook(self._spread)
+        self.attention, self.mlp = attention.forward, mlp.forward
+        attention.forward, mlp.forward = self.attend, self.multiply
 
-    def _enter(self, attention: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        self.read_R = kwargs.get("read_R")
+    def attend(self, *args: Any, read_R: Tensor | None = None, **kwargs: Any) -> Any:
+        """Attend as ever, and note the rows."""
+        self.read_R = read_R
+        return self.attention(*args, **kwargs)
 
-    def _select(self, mlp: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        """Take the rows out of (1, T, H)."""
+    def multiply(self, x: Tensor) -> Tensor:
+        """Compute the rows of (1, T, H) that are read, among zeros: the residual adds nothing to those that are not."""
         if self.read_R is None:
-            return None
-        self.rows = args[0].shape[1]
-        return args[0].index_select(1, self.read_R), *args[1:]
-
-    def _spread(self, mlp: nn.Module, args: Any, out: Tensor) -> Tensor | None:
-        """Put the rows back among zeros: the residual connection adds nothing to rows that are not read."""
-        if self.read_R is None:
-            return None
-        return out.new_zeros(out.shape[0], self.rows, out.shape[2]).index_copy(1, self.read_R, out)
+            return self.mlp(x)
+        rows, self.read_R = self.read_R, None
+        return x.new_zeros(x.shape).index_copy(1, rows, self.mlp(x.index_select(1, rows)).to(x.dtype))
 
 
 def install(trunk: Any) -> None:

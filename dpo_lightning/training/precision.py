@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+
 import torch
 
 
@@ -17,8 +19,9 @@ def resolve_precision(precision: str, accelerator: str) -> str:
 
 
 def caveat(precision: str, device: str) -> str | None:
-    """Return what to know of a precision on a kind of device: asked for, bfloat16 is emulated where it must be."""
-    if device != "cpu" or not precision.startswith("bf16") or torch.cpu._is_avx512_bf16_supported():
+    """Return what to know of a precision on a kind of device: PyTorch emulates bfloat16 on most x86 processors."""
+    emulated = platform.machine() in ("x86_64", "AMD64") and not torch.cpu._is_avx512_bf16_supported()
+    if device != "cpu" or not precision.startswith("bf16") or not emulated:
         return None
     return "no AVX512_BF16 here: steps may take 10 times as long as in float32, which trainer.precision=auto takes"
 

@@ -55,6 +55,20 @@ def test_blocks_equal_the_definition(window, cap, opening):
     torch.testing.assert_close(ours, theirs, atol=5e-6, rtol=0)
 
 
+@pytest.mark.parametrize(("window", "cap"), RULES)
+def test_blocks_in_16_bits_are_within_their_rounding_of_the_definition(window, cap):
+    """There all blocks' scores and weights are made in one place, one block after the other."""
+    row, (q, k, v), g = inputs(3, dtype=torch.bfloat16)
+    rule = ScoreRule(0.3, window, cap)
+    out = BlockAttention.apply(q, k, v, row.segments, rule)
+    exact = [x.detach().float().requires_grad_() for x in (q, k, v)]
+    expected = by_definition(row, *exact, rule)
+    torch.testing.assert_close(out.float(), expected, atol=0.02, rtol=0.01)
+    ours, theirs = (torch.autograd.grad(o, x, h) for o, x, h in ((out, (q, k, v), g), (expected, exact, g.float())))
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one.float() - other).norm() < 0.01 * other.norm()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_that_are_kept_and_those_computed_again_give_the_same_bits(dtype, monkeypatch):
     row, (q, k, v), g = inputs(3, dtype=dtype)

@@ -1,5 +1,7 @@
 """The last layer's MLP sees the rows that are read and no others; that no number changes is test_layout.py's."""
 
+import copy
+
 import pytest
 import torch
 
@@ -52,6 +54,27 @@ def test_a_batch_that_comes_between_does_not_change_what_checkpointing_computes_
     without = gradients()
     checkpoint_activations(model)
     torch.testing.assert_close(gradients(), without, atol=1e-6, rtol=1e-6)
+
+
+def test_a_copy_of_the_model_computes_with_weights_of_its_own():
+    model, batch = model_of("llama", {}), probe(97, torch.device("cpu"))
+    set_layout(model, "shared")
+    before = pair_logps(model, batch)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.base_model.layers[-1].parameters():
+            parameter.zero_()
+    assert torch.equal(pair_logps(twin, batch).chosen, before.chosen)
+    assert not torch.equal(pair_logps(model, batch).chosen, before.chosen)
+
+
+def test_a_call_of_the_mlp_alone_sees_all_rows():
+    model, batch = model_of("llama", {}), probe(97, torch.device("cpu"))
+    set_layout(model, "shared")
+    mlp, x = model.base_model.layers[-1].mlp, torch.randn(1, 50, 32)
+    before = mlp(x)
+    pair_logps(model, batch)
+    assert torch.equal(mlp(x), before)
 
 
 def test_experts_keep_all_rows():

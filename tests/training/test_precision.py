@@ -1,6 +1,7 @@
 """What is stored in 16 bits, and that it changes no bit of the result."""
 
 import copy
+import platform
 from typing import Any
 
 import pytest
@@ -21,11 +22,13 @@ def test_auto_follows_the_machine():
 
 
 @pytest.mark.parametrize(
-    ("precision", "device", "has_it", "warned"),
-    [("bf16-mixed", "cpu", False, True), ("bf16-true", "cpu", False, True), ("bf16-mixed", "cpu", True, False),
-     ("32-true", "cpu", False, False), ("bf16-mixed", "cuda", False, False)],
+    ("precision", "device", "processor", "has_it", "warned"),
+    [("bf16-mixed", "cpu", "x86_64", False, True), ("bf16-true", "cpu", "x86_64", False, True),
+     ("bf16-mixed", "cpu", "x86_64", True, False), ("bf16-mixed", "cpu", "aarch64", False, False),
+     ("32-true", "cpu", "x86_64", False, False), ("bf16-mixed", "cuda", "x86_64", False, False)],
 )  # fmt: skip
-def test_emulated_bfloat16_is_told(precision, device, has_it, warned, monkeypatch):
+def test_emulated_bfloat16_is_told(precision, device, processor, has_it, warned, monkeypatch):
+    monkeypatch.setattr(platform, "machine", lambda: processor)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_it)
     assert ("trainer.precision=auto" in (caveat(precision, device) or "")) is warned
 
