@@ -62,7 +62,7 @@ def test_blocks_in_16_bits_are_within_their_rounding_of_the_definition(window, c
     rule = ScoreRule(0.3, window, cap)
     out = BlockAttention.apply(q, k, v, row.segments, rule)
     exact = [x.detach().float().requires_grad_() for x in (q, k, v)]
-    expected = by_definition(row, *exact, rule)
+    expected = by_definition(row, exact[0], exact[1], exact[2], rule)
     torch.testing.assert_close(out.float(), expected, atol=0.02, rtol=0.01)
     ours, theirs = (torch.autograd.grad(o, x, h) for o, x, h in ((out, (q, k, v), g), (expected, exact, g.float())))
     for one, other in zip(ours, theirs, strict=True):
