@@ -17,6 +17,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers.modeling_utils import AttentionInterface
 
 from dpo_lightning.model.block_attention import BlockAttention
+from dpo_lightning.model.products import product_dtype
 from dpo_lightning.model.segments import ScoreRule, Segments
 
 NAME = "dpo_shared_prefix"
@@ -41,9 +42,9 @@ def attend(
     # Autocast lowers the inputs of attention, as it does here; it must not lower the scores within.
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
-    q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
+    q, k, v = (x[0].transpose(0, 1).to(dtype).to(product_dtype(dtype, kind)) for x in (query, key, value))
     with torch.autocast(kind, enabled=False):
-        return _attend(q, k, v, segments, rule)[None], None
+        return _attend(q, k, v, segments, rule).to(dtype)[None], None
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, rule: ScoreRule) -> Tensor:

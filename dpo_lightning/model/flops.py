@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_lightning.model.logps import base_of
+from dpo_lightning.model.products import product
 
 PEAK_SECONDS = 0.3  # a processor has slow moments: it is shared with others, or its clock has yet to rise
 PEAK_SHARE = 0.005  # of the training's time may go into timing products again
@@ -96,7 +97,7 @@ def _fastest(matrix: Tensor, budget: float) -> float:
     seconds: list[float] = []
     while len(seconds) < 2 or time.perf_counter() < end:
         began = time.perf_counter()
-        torch.mm(matrix, matrix)
+        product(matrix, matrix)
         if matrix.device.type != "cpu":
             torch.accelerator.synchronize()
         seconds.append(time.perf_counter() - began)

@@ -13,6 +13,8 @@ import torch
 from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 
+from dpo_lightning.model.products import add_product_, product
+
 
 class AddedProduct(torch.autograd.Function):
     """x W^T + bias + scaling (x A^T) B^T, for x (T, in), W (out, in), A (r, in), B (out, r); W is frozen."""
@@ -22,50 +24,57 @@ class AddedProduct(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
     ) -> Tensor:  # fmt: skip
         """Keep x and x A^T, which is r wide."""
-        low = x @ a.T
+        low = product(x, a.T)
         scaled = b * scaling
-        out = x @ weight.T if bias is None else torch.addmm(bias, x, weight.T)
+        out = product(x, weight.T, bias)
         ctx.save_for_backward(x, low, weight, a, scaled)
         ctx.scaling = scaling
-        return out.addmm_(low, scaled.T)
+        return add_product_(out, low, scaled.T)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """Return the gradients of x, A and B."""
         x, low, weight, a, scaled = ctx.saved_tensors
-        grad_low = grad @ scaled
-        grad_x = (grad @ weight).addmm_(grad_low, a) if ctx.needs_input_grad[0] else None
-        return grad_x, None, None, grad_low.T @ x, (grad.T @ low).mul_(ctx.scaling), None
+        grad_low = product(grad, scaled)
+        grad_x = add_product_(product(grad, weight), grad_low, a) if ctx.needs_input_grad[0] else None
+        return grad_x, None, None, product(grad_low.T, x), product(grad.T, low).mul_(ctx.scaling), None
 
 
 class LoraLinear(Linear):
     """PEFT's linear layer with `AddedProduct` for its forward pass, wherever that is all there is to compute."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return base and adapter's sum; x (..., in) -> (..., out)."""
+        """Return base and adapter's sum, or the base's output where adapters are off; x (..., in) -> (..., out)."""
         base: Any = self.base_layer
         name = self.active_adapters[0] if self.active_adapters else ""
-        if args or kwargs or not self._is_plain(base, name):
+        if args or kwargs or self.merged or not self._is_frozen_whole(base):
             return super().forward(x, *args, **kwargs)
+        if not self.disable_adapters and not self._is_plain(name):
+            return super().forward(x)
         kind = x.device.type
         dtype: torch.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else base.weight.dtype
-        bias = None if base.bias is None else base.bias.to(dtype)
-        adapter: Any = self.lora_A[name], self.lora_B[name]
-        a, b = (layer.weight.to(dtype) for layer in adapter)
+        weight, bias = base.weight.to(dtype), None if base.bias is None else base.bias.to(dtype)
         rows = x.to(dtype).reshape(-1, x.shape[-1])
         with torch.autocast(kind, enabled=False):
-            out = AddedProduct.apply(rows, base.weight.to(dtype), bias, a, b, self.scaling[name])
+            if self.disable_adapters:
+                out = product(rows, weight.T, bias)
+            else:
+                a, b = (layer[name].weight.to(dtype) for layer in (self.lora_A, self.lora_B))
+                out = AddedProduct.apply(rows, weight, bias, a, b, self.scaling[name])
         return out.view(*x.shape[:-1], -1)
 
-    def _is_plain(self, base: Any, name: str) -> bool:
-        """Return whether nothing but one adapter is added, on a frozen weight that lies here whole."""
+    def _is_frozen_whole(self, base: Any) -> bool:
+        """Return whether the base is a plain frozen layer whose weight lies here."""
         return (
             type(base) is nn.Linear
             and not any(p.requires_grad for p in base.parameters())
             and not hasattr(base.weight, "ds_id")  # ZeRO-3 gathers it for its own module's forward alone
-            and not self.disable_adapters
-            and not self.merged
-            and len(self.active_adapters) == 1
+        )
+
+    def _is_plain(self, name: str) -> bool:
+        """Return whether nothing but one adapter is added."""
+        return (
+            len(self.active_adapters) == 1
             and name in self.lora_A
             and name not in self.lora_variant
             and self.lora_A[name].bias is None
