@@ -30,10 +30,11 @@ class ReadRows:
         self.read_R = read_R
         return self.attention(*args, **kwargs)
 
-    def multiply(self, x: Tensor) -> Tensor:
+    def multiply(self, *args: Any, **kwargs: Any) -> Tensor:
         """Compute the rows of (1, T, H) that are read, among zeros: the residual adds nothing to those that are not."""
         if self.read_R is None:
-            return self.mlp(x)
+            return self.mlp(*args, **kwargs)
+        (x,) = args
         rows, self.read_R = self.read_R, None
         return x.new_zeros(x.shape).index_copy(1, rows, self.mlp(x.index_select(1, rows)).to(x.dtype))
 

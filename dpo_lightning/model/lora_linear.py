@@ -61,7 +61,7 @@ class LoraLinear(Linear):
             else:
                 a, b = (layer[name].weight.to(dtype) for layer in (self.lora_A, self.lora_B))
                 out = AddedProduct.apply(rows, weight, bias, a, b, self.scaling[name])
-        return out.view(*x.shape[:-1], -1)
+        return out.view(*x.shape[:-1], out.shape[-1])
 
     def _is_frozen_whole(self, base: Any) -> bool:
         """Return whether the base is a plain frozen layer whose weight lies here."""

@@ -2,7 +2,8 @@
 
 There PyTorch's products in bfloat16 take 10 times as long as in float32, and 50 times where the second factor is not
 transposed. A product of two bfloat16 numbers is exact in float32, in which sums are kept anyway: so the factors are
-widened, multiplied and the result rounded, which is what the instructions do where there are any.
+widened and multiplied. LoRA's layers round the result, as the instructions do where there are any; attention and the
+head keep it in float32 up to their own end. Layers without LoRA are PyTorch's, and as slow as ever.
 """
 
 from __future__ import annotations

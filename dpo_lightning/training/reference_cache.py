@@ -21,6 +21,7 @@ from dpo_lightning.data.batches import MicroBatch, PairTable, ValidationOrder
 from dpo_lightning.data.reference_store import ReferenceStore
 from dpo_lightning.model.attention import way
 from dpo_lightning.model.logps import base_of
+from dpo_lightning.model.products import product_dtype
 
 VERSION = 4  # part of the key: raise it when the same pair would get other log-probabilities
 TOLD_EVERY = 60.0  # seconds between lines on a pass that takes long
@@ -83,6 +84,7 @@ class ReferenceCache(pl.Callback):
             "stored": str(embeddings.dtype), "layout": layout, "device": device.type,
             "attention": way(device.type, torch.bfloat16 if kind else torch.float32) if layout == "shared"
             else base.dpo_stock_attention,
+            "products": str(product_dtype(torch.bfloat16 if kind else torch.float32, device.type)),
             "autocast": _autocast(trainer, device.type), "matmul": torch.get_float32_matmul_precision(),
             "torch": torch.__version__, "transformers": transformers.__version__,
         }  # fmt: skip

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from dpo_lightning.cluster.exits import WRONG_NUMBERS
 from dpo_lightning.data.reference_store import RECORD, ReferenceStore
+from dpo_lightning.model import products
 from dpo_lightning.resolve import reference_mode
 from dpo_lightning.types import PairLogps
 from tests.ranks import fault, run_ranks
@@ -78,7 +79,7 @@ def test_cached_equals_live_in_bfloat16(train, precision, lora):
             assert values[0] == pytest.approx(values[1], abs=0.01 * 0.2), (one["step"], key)  # 0.2 nats of 2000
 
 
-def test_only_what_changes_the_numbers_is_in_the_key(train):
+def test_only_what_changes_the_numbers_is_in_the_key(train, monkeypatch):
     assert train("reference=cached")[1] == [PAIRS]
     for words in (["optim.lr=3e-3"], ["loss.beta=0.5"], ["loss=ipo"], ["data.batch_size=5"], ["seed=7"], ["lora.r=4"],
                   ["data.max_pairs=30"], ["data.shuffle=false", "data.val_fraction=0.3"]):  # fmt: skip
@@ -87,6 +88,9 @@ def test_only_what_changes_the_numbers_is_in_the_key(train):
     bf16 = "trainer.precision=bf16-mixed"
     for words in ([bf16], ["data.layout=padded"], ["lora=none", bf16], ["model.dimensions.intermediate_size=96"]):
         assert train("reference=cached", *words)[1] == [PAIRS], words
+    monkeypatch.setattr(products, "EMULATED", not products.EMULATED)
+    assert train("reference=cached", bf16)[1] == [PAIRS]
+    assert train("reference=cached")[1] == [0]
     shorter = train("reference=cached", "data.max_length=400")[1][0]
     assert 0 < shorter < PAIRS  # the rows that this cuts
 
