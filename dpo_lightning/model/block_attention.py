@@ -72,7 +72,7 @@ def _is_kept(block: Block, rule: ScoreRule) -> bool:
 class _Probs:
     """The attention weights of one block after the other; gathers the keys when they are first asked for.
 
-    All blocks' scores are made in one place: it stays in the processor's cache, and the heap without holes.
+    All blocks' scores are made in one place, which stays in the processor's cache.
     """
 
     def __init__(self, query: Tensor, key: Tensor, segments: Segments, rule: ScoreRule):
