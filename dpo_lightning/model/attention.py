@@ -48,7 +48,9 @@ def attend(
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, rule: ScoreRule) -> Tensor:
-    """Go the way that `way` says; q (T, heads, d), k and v (T, kv heads, d) -> (T, heads, d)."""
+    """Go the way that `way` says; q (T, heads, d), k (T, kv heads, d), v (T, kv heads, e <= d) -> (T, heads, e)."""
+    if (width := v.shape[2]) < q.shape[2]:  # latent attention, DeepSeek's; kernels want keys and values of one width
+        return _attend(q, k, F.pad(v, (0, q.shape[2] - width)), segments, rule)[..., :width]
     chosen = way(q.device.type, q.dtype)
     if chosen == "blocks" or (chosen != "flash-attn" and rule.cap is not None):
         return BlockAttention.apply(q, k, v, segments, rule)

@@ -20,6 +20,11 @@ from dpo_lightning.model.products import product_dtype
 
 # Logits at a time: as few as leave the matrix product near its full speed. 50 MB in float32 on a CPU, 270 MB on a GPU.
 TILE = {"cpu": 256 * 49_152, "cuda": 2**26}
+# The fields of transformers' configs that change logits: Cohere's, Muse's, Falcon-H1's; Granite's, Inkling's; Gemma's,
+# RecurrentGemma's, xLSTM's.
+FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 def chunk_rows(vocabulary: int, device: str = "cpu") -> int:
@@ -40,12 +45,14 @@ class LogitRule:
 
     @classmethod
     def of(cls, config: Any) -> LogitRule:
-        """Read the rule from a transformers config. Granite's logits_scaling divides, the others multiply."""
+        """Read the rule from a transformers config, where each family has its own names for it."""
         scale = 1.0
-        for key in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        for key in FACTORS:
             scale *= getattr(config, key, None) or 1.0
-        scale /= getattr(config, "logits_scaling", None) or 1.0
-        return cls(scale, getattr(config, "final_logit_softcapping", None))
+        for key in DIVISORS:
+            scale /= getattr(config, key, None) or 1.0
+        caps = [cap for key in CAPS if (cap := getattr(config, key, None))]
+        return cls(scale, caps[0] if caps else None)
 
     def apply(self, logits: Tensor) -> Tensor:
         """Return the float32 logits that the softmax sees."""

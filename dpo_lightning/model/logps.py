@@ -18,6 +18,11 @@ def base_of(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def trunk_of(base: Any) -> Any:
+    """Return what is below a transformers model's head; Llama 4's and Mllama's classes misname it."""
+    return base.model if base.base_model is base else base.base_model
+
+
 def pair_logps(model: Any, batch: Batch) -> PairLogps:
     """Return the summed log-probabilities of the batch's completions under a causal language model.
 
@@ -26,7 +31,7 @@ def pair_logps(model: Any, batch: Batch) -> PairLogps:
     """
     base = base_of(model)
     head = install_scoring(base)
-    x_SH, y_S = LAYOUTS[getattr(base, "dpo_layout", "padded")](base.base_model, batch)
+    x_SH, y_S = LAYOUTS[getattr(base, "dpo_layout", "padded")](trunk_of(base), batch)
     tokens_2B = batch.lengths_B3[:, 1:].flatten().to(x_SH.device)
     sums_B2 = torch.segment_reduce(head(x_SH, y_S), "sum", lengths=tokens_2B).view(-1, 2)
     return _pair_logps(sums_B2, batch)

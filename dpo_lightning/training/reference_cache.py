@@ -23,7 +23,7 @@ from dpo_lightning.model.attention import way
 from dpo_lightning.model.logps import base_of
 from dpo_lightning.model.products import product_dtype
 
-VERSION = 4  # part of the key: raise it when the same pair would get other log-probabilities
+VERSION = 5  # part of the key: raise it when the same pair would get other log-probabilities
 TOLD_EVERY = 60.0  # seconds between lines on a pass that takes long
 
 

@@ -25,7 +25,12 @@ SHARED = {
     "phi3": {},
     "granite": {"logits_scaling": 2.0},
     "cohere": {},
-}
+    # Latent attention: keys of 16, values of 8.
+    "minicpm3": {
+        "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+        "v_head_dim": 8, "dim_model_base": 32,
+    },
+}  # fmt: skip
 RECURRENT = {"mamba": {}, "lfm2": {"layer_types": ["conv", "full_attention", "conv", "conv"]}}
 
 
@@ -116,6 +121,30 @@ def test_a_pair_does_not_depend_on_its_batch(layout):
         single = pair_logps(model, batch)
         torch.testing.assert_close(single.chosen[0], together.chosen[row], atol=2e-5, rtol=0)
         torch.testing.assert_close(single.rejected[0], together.rejected[row], atol=2e-5, rtol=0)
+
+
+# Logits are capped at 2, where they would go to 4; without the cap log-probabilities differ by tenths of nats.
+CAPPED = {
+    "gemma3_text": {"final_logit_softcapping": 2.0},
+    "recurrent_gemma": {"logits_soft_cap": 2.0, "lru_width": 32},
+    "xlstm": {"output_logit_soft_cap": 2.0, "num_heads": 4},
+}
+
+
+@pytest.mark.parametrize("architecture", CAPPED)
+def test_a_cap_on_logits_is_kept_whatever_a_family_calls_it(architecture):
+    model = model_of(architecture, CAPPED[architecture])
+    choose_layout(model, "padded")
+    batch = probe(97, torch.device("cpu"))
+    torch.testing.assert_close(pair_logps(model, batch), plain_logps(model, batch), atol=2e-5, rtol=0)
+
+
+def test_a_trunk_that_its_class_misnames_is_found():
+    """Llama 4's class says that its trunk is called language_model; it is called model."""
+    model = model_of("llama4_text", {"attention_chunk_size": 6, "num_local_experts": 2, "intermediate_size_mlp": 48})
+    assert choose_layout(model, "auto") == "padded (its attention is chunked by a mask)"
+    batch = probe(97, torch.device("cpu"))
+    torch.testing.assert_close(pair_logps(model, batch), plain_logps(model, batch), atol=2e-5, rtol=0)
 
 
 def test_an_unknown_head_is_refused():
