@@ -72,13 +72,17 @@ class Nursery:
         atexit.register(self.close)
 
     def run(
-        self, runs: Any, environments: Sequence[Mapping[str, str]], timeout: float = 280
+        self, runs: Any, environments: Sequence[Mapping[str, str]], timeout: float | None = None
     ) -> list[tuple[int, str]]:  # fmt: skip
-        """Let a rank for each environment do the runs; return exit code and output of each."""
+        """Let a rank for each environment do the runs; return exit code and output of each.
+
+        By itself the time is several times what a slow machine takes: it ends what hangs, it does not measure.
+        """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         with tempfile.TemporaryDirectory() as folder:
-            job = {"runs": runs, "environments": [*environments], "folder": folder, "timeout": timeout}
+            limit = timeout or 280 + 20 * len(runs)
+            job = {"runs": runs, "environments": [*environments], "folder": folder, "timeout": limit}
             self._process.stdin.write(json.dumps(job) + "\n")
             self._process.stdin.flush()
             codes = json.loads(self._process.stdout.readline())

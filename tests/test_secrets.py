@@ -50,7 +50,7 @@ def test_no_secret_of_the_environment_is_left_anywhere(tmp_path):
     crash = dict(word.removeprefix("env:").split("=", 1) for word in fault("at=step.end;do=raise;step=3"))
     crashed = subprocess.run(
         [sys.executable, "-m", "dpo_lightning", *words], env=environment(cache, **more, **crash), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False, timeout=120,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False, timeout=240,
     )  # fmt: skip
     assert crashed.returncode == 1, crashed.stdout
     assert "Traceback" in crashed.stdout

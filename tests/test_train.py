@@ -167,7 +167,7 @@ def test_a_signal_saves_and_exports_what_there_is(number, code, tmp_path, cache)
     ):
         time.sleep(0.2)
     process.send_signal(number)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=240)
     assert process.returncode == code, out
     assert "Traceback" not in out
     assert (run / "adapter" / "adapter_model.safetensors").exists()

@@ -51,7 +51,7 @@ class Ballast(pl.Callback):
 def on_a_disk(options: str, disk: Path, *command: str, **more: Any) -> subprocess.CompletedProcess[str]:
     disk.mkdir()
     words = [*UNSHARE, "bash", "-c", MOUNT, options, str(disk), *command]
-    return subprocess.run(words, capture_output=True, text=True, check=False, timeout=240, cwd=ROOT, **more)
+    return subprocess.run(words, capture_output=True, text=True, check=False, timeout=480, cwd=ROOT, **more)
 
 
 def test_a_full_disk_costs_checkpoints_and_then_the_run_and_never_what_is_saved(tmp_path, cache):

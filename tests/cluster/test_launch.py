@@ -37,7 +37,7 @@ def test_two_devices_are_started_by_lightning_under_zero2(one, metrics, tmp_path
     run = tmp_path / "two"
     words = [*SHORT, "data.batch_size=4", "trainer.devices=2", f"run_dir={run}"]
     done = subprocess.run(
-        [sys.executable, "-m", "dpo_lightning", *words], capture_output=True, text=True, timeout=240, check=False,
+        [sys.executable, "-m", "dpo_lightning", *words], capture_output=True, text=True, timeout=480, check=False,
         env=environment(cache),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -58,7 +58,7 @@ def test_torchruns_ranks_share_a_dated_folder(one, metrics, tmp_path, cache):
     words = [*SHORT, "data.batch_size=4", "trainer.devices=2", "strategy=ddp"]
     command = ["-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "dpo_lightning", *words]
     done = subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, timeout=240, check=False, cwd=tmp_path,
+        [sys.executable, *command], capture_output=True, text=True, timeout=480, check=False, cwd=tmp_path,
         env=environment(cache) | {"PYTHONPATH": os.getcwd()},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -77,7 +77,7 @@ def test_a_signal_to_the_first_rank_stops_both_saves_and_exports(tmp_path, cache
     while time.monotonic() < deadline and not (metrics.exists() and "train/loss" in metrics.read_text()):
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=240)
     assert process.returncode == 143, output
     assert (run / "adapter" / "adapter_model.safetensors").exists()
     assert to_resume("auto", run) is not None

@@ -50,7 +50,7 @@ def run(run_dir: Path, cache: Path, fault: str, *words: str) -> tuple[int, str, 
     command = [sys.executable, "-m", "dpo_lightning", *WORDS, *words, f"run_dir={run_dir}"]
     process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
-        output, _ = process.communicate(timeout=150)
+        output, _ = process.communicate(timeout=300)
     finally:
         process.kill()
     return process.returncode, output, time.monotonic() - began
@@ -83,7 +83,7 @@ def run_alone(run_dir: Path, cache: Path, fault: str, *words: str, world: int = 
     """Run ranks, each started by itself as srun does, with a fault; return exit code and output of each."""
     env = environment(cache, DPO_LIGHTNING_FAULT=fault, DPO_LIGHTNING_ALLOW_FAULTS="1")
     run = [*WORDS, f"trainer.devices={world}", *words, f"run_dir={run_dir}"]
-    return nursery().run([run], environments(env, world), timeout=90)
+    return nursery().run([run], environments(env, world), timeout=240)
 
 
 def test_ranks_that_nobody_has_started_for_the_other_end_when_one_hangs(tmp_path, cache):

@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 from tests.ranks import environment, rows, run_ranks, trace, traced
 from tests.slurm.cluster import Cluster, missing
 
-pytestmark = [pytest.mark.skipif(missing() is not None, reason=str(missing())), pytest.mark.timeout(290)]
+pytestmark = [pytest.mark.skipif(missing() is not None, reason=str(missing())), pytest.mark.timeout(900)]
 
 TINY = [
     "model=tiny", "logger=none", "callbacks=none", "samples.count=0", "trainer.precision=32-true",

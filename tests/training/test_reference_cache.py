@@ -224,11 +224,11 @@ def test_a_pass_that_is_stopped_keeps_what_it_has(cache, tmp_path):
     while not list((cache / "reference").glob("*")) and time.monotonic() < deadline and run.poll() is None:
         time.sleep(0.02)
     run.send_signal(signal.SIGTERM)
-    out, err = run.communicate(timeout=120)
+    out, err = run.communicate(timeout=240)
     assert run.returncode == 128 + signal.SIGTERM, (out, err)
     (file,) = (cache / "reference").iterdir()
     kept = file.stat().st_size // RECORD.itemsize
     assert 0 < kept < 180
-    out, err = (run := process(cache, *words)).communicate(timeout=240)
+    out, err = (run := process(cache, *words)).communicate(timeout=480)
     assert run.returncode == 0, err
     assert f"reference: {180 - kept} of 180 pairs computed" in out

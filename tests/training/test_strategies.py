@@ -63,7 +63,7 @@ def exported(run: Path) -> dict[str, torch.Tensor]:
     return load_file(file)
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(2400)
 @pytest.mark.parametrize("case", PARITY, ids=lambda case: name(*case))
 def test_two_ranks_equal_one_process(compared, case):
     one, two = compared / case[1], compared / name(*case)
@@ -82,7 +82,7 @@ def test_two_ranks_equal_one_process(compared, case):
         torch.testing.assert_close(weights[key].float(), value.float(), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(2400)
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_an_offloaded_reference_changes_no_bit(compared, precision):
     offloaded, there = (compared / f"{precision}-{offload}" for offload in ("true", "false"))
@@ -148,7 +148,7 @@ def resumed(whole, tmp_path_factory, cache):
     return folder
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(2400)
 @pytest.mark.parametrize("case", EXACT, ids=lambda case: name(*case))
 def test_a_resumed_run_has_the_bits_of_the_one_that_was_not_stopped(whole, resumed, case):
     (run,) = resumed.glob(name(*case) + "-*")
@@ -163,7 +163,7 @@ def test_a_resumed_run_has_the_bits_of_the_one_that_was_not_stopped(whole, resum
     }
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(2400)
 @pytest.mark.parametrize("other", OTHERWISE)
 def test_saving_and_validating_change_nothing_on_two_ranks(whole, other):
     for rank in (0, 1):
@@ -179,7 +179,7 @@ def pairs_of_steps(run: Path, ranks: int) -> list[list[int]]:
     return [sorted(id_ for each in traces for id_ in each[step]["ids"]) for step in range(1, STEPS + 1)]
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(2400)
 @pytest.mark.parametrize("lora", DROPOUT)
 def test_a_run_goes_on_under_another_strategy_and_number_of_ranks(tmp_path, cache, lora):
     """2 ranks of ZeRO-2 to step 3, one process to 6, 2 ranks of ZeRO-3 to the end: the same pairs in each step."""
@@ -206,7 +206,7 @@ def test_a_run_goes_on_under_another_strategy_and_number_of_ranks(tmp_path, cach
     assert all(a <= b for a, b in itertools.pairwise(row["step"] for row in rows(run)))
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_shards_that_three_ranks_cannot_cut_evenly_are_resumed(tmp_path, cache):
     cases = [("zero3", "r16"), ("zero3", "none"), ("zero3_offload", "none")]
 
