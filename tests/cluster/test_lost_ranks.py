@@ -43,17 +43,16 @@ def children_of(text: str) -> list[str]:
     return found
 
 
-def run(run_dir: Path, cache: Path, fault: str, *words: str) -> tuple[int, str, float]:
-    """Run two ranks that Lightning starts, with a fault; return code, output and seconds."""
+def run(run_dir: Path, cache: Path, fault: str, *words: str) -> tuple[int, str]:
+    """Run two ranks that Lightning starts, with a fault; return code and output."""
     env = environment(cache, DPO_LIGHTNING_FAULT=fault, DPO_LIGHTNING_ALLOW_FAULTS="1")
-    began = time.monotonic()
     command = [sys.executable, "-m", "dpo_lightning", *WORDS, *words, f"run_dir={run_dir}"]
     process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         output, _ = process.communicate(timeout=300)
     finally:
         process.kill()
-    return process.returncode, output, time.monotonic() - began
+    return process.returncode, output
 
 
 @pytest.mark.parametrize(
@@ -66,14 +65,14 @@ def run(run_dir: Path, cache: Path, fault: str, *words: str) -> tuple[int, str, 
 )
 def test_a_rank_that_is_gone_or_hangs_is_named_and_the_run_ends(tmp_path, cache, fault, words, told):
     run_dir = tmp_path / "run"
-    code, output, seconds = run(run_dir, cache, fault, *words)
+    code, output = run(run_dir, cache, fault, *words)
     assert code == LOST, output
     assert told in output, output
     assert "goes on from its last checkpoint" in output
     if "hang" in str(words):
-        assert "after" in output
+        waited = re.search(r"rank 0 has waited (\d+) s after", output)
+        assert waited and 10 <= int(waited[1]) < 60, output  # the start does not count
         assert "most recent call first" in output  # the stacks
-        assert seconds < 90
     assert to_resume("auto", run_dir) is not None
     time.sleep(1)
     assert children_of(str(run_dir)) == []
@@ -116,7 +115,7 @@ def test_the_ranks_that_are_left_name_the_one_that_is_killed(tmp_path, cache, ki
 
 
 def test_one_rank_that_crashes_ends_the_run_with_its_own_words(tmp_path, cache):
-    code, output, _ = run(tmp_path / "run", cache, "at=step.begin;do=raise;rank=1;step=2", "strategy=ddp")
+    code, output = run(tmp_path / "run", cache, "at=step.begin;do=raise;rank=1;step=2", "strategy=ddp")
     assert code == LOST, output
     assert "the fault that was asked for at step.begin" in output
     assert re.search(r"rank 1 \((pid \d+\) has ended|.+, pid \d+\), .+ has failed)", output), output
