@@ -31,7 +31,7 @@ def attend(
     scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
     softcap: float | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Attend within segments: query (1, heads, T, d), key and value (1, kv heads, T, d) -> (1, T, heads, d).
+    """Attend within segments: query (1, heads, T, d), key (1, kv heads, T, d), value (.., e <= d) -> (1, T, heads, e).
 
     The signature is transformers' attention interface; `segments` arrives through the model call's keywords.
     """

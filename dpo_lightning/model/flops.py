@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpo_lightning.model.logps import base_of, trunk_of
+from dpo_lightning.model.logps import base_of
 from dpo_lightning.model.products import product
 
 PEAK_SECONDS = 0.3  # a processor has slow moments: it is shared with others, or its clock has yet to rise
@@ -40,7 +40,7 @@ class PairFlops:
         if any(getattr(config, key, None) for key in experts):
             return None
         head = base_of(policy).get_output_embeddings()
-        linears = [m for m in trunk_of(base_of(policy)).modules() if isinstance(m, nn.Linear) and m is not head]
+        linears = [m for m in base_of(policy).modules() if isinstance(m, nn.Linear) and m is not head]
         sizes = [(m.weight.requires_grad, getattr(m.weight, "ds_numel", m.weight.numel())) for m in linears]
         full = all(trains for trains, _ in sizes)
         heads = config.num_attention_heads

@@ -51,8 +51,7 @@ class LogitRule:
             scale *= getattr(config, key, None) or 1.0
         for key in DIVISORS:
             scale /= getattr(config, key, None) or 1.0
-        caps = [cap for key in CAPS if (cap := getattr(config, key, None))]
-        return cls(scale, caps[0] if caps else None)
+        return cls(scale, next((cap for key in CAPS if (cap := getattr(config, key, None))), None))
 
     def apply(self, logits: Tensor) -> Tensor:
         """Return the float32 logits that the softmax sees."""
