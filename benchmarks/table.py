@@ -109,15 +109,16 @@ def write(record: Record) -> str:
 def _heading(record: Record) -> Iterator[str]:
     versions, machine = record.versions, record.machine
     precision = "" if record.workload.precision == "bf16" else f" in {record.workload.dtype}"
-    yield f"# {record.workload.name}{precision}: dpo_lightning against TRL {versions['trl']}"
+    against = f" against TRL {versions['trl']}" if _has_trl(record) else ""
+    yield f"# {record.workload.name}{precision}: dpo_lightning{against}"
     yield ""
     programs = ", ".join(f"{name} {versions[name]}" for name in ("dpo_lightning", "torch", "transformers", "peft"))
     yield f"{record.started}; {programs}."
     yield f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gb']} GB; threads: {machine['threads']}."
-    if record.workload.device == "cpu":
-        yield "CPU alone: there TRL's fused head has no kernel of its own, and scores every position if not told other."
-    else:
+    if record.workload.device != "cpu":
         yield f"One {machine['accelerator']}; memory is what tensors took there at the most."
+    elif _has_trl(record):
+        yield "CPU alone: there TRL's fused head has no kernel of its own, and scores every position if not told other."
     if missing := len(record.missing()):
         yield ""
         yield f"**Unfinished**: {missing} of {record.rounds * len(record.workload.arms)} runs are missing."
@@ -201,6 +202,10 @@ def _range(values: Sequence[float], form: str) -> str:
     return f"{found.median:{form}} ({found.least:{form}} to {found.most:{form}})"
 
 
+def _has_trl(record: Record) -> bool:
+    return "trl" in map(program_of, record.workload.arms)
+
+
 def _setting(record: Record) -> Iterator[str]:
     workload, pairs = record.workload, record.pairs
     lengths = pairs["lengths"]
@@ -217,7 +222,8 @@ def _setting(record: Record) -> Iterator[str]:
         f"Pairs: {pairs['file']}, {pairs['distinct']} different ones, gone through "
         f"{len(lengths) / pairs['distinct']:.2g} times; rows left out up to the last one, as unusable or longer than "
         f"{workload.max_length} tokens: {pairs['left_out']}. Mean tokens: prompt {means[0]}, chosen {means[1]}, "
-        f"rejected {means[2]}; longest sequence {longest}. TRL's token ids are the same as ours."
+        f"rejected {means[2]}; longest sequence {longest}."
+        + (" TRL's token ids are the same as ours." if _has_trl(record) else "")
     )
     if record.parity:
         told = ", ".join(f"{key.replace('_', ' ')} {value:.1e}" for key, value in record.parity.items())

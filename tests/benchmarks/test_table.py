@@ -232,3 +232,9 @@ def test_slow_bfloat16_is_told_beforehand(words: list[str], lacks: bool, warning
     told = capsys.readouterr().err.splitlines()
     assert told == [program.SLOW] * warnings + ["begun"] * len(WORKLOADS)
     assert "--precision 32" in program.SLOW
+
+
+def test_a_benchmark_without_trl_says_nothing_of_it():
+    ours = replace(WORKLOAD, arms=(LIVE,))
+    assert "TRL" not in table.write(record(run(LIVE, 1, [1, 1, 1], mfu=0.5), workload=ours, rounds=1))
+    assert "TRL's token ids" in table.write(record(run(SHIPPED, 1, [1, 1, 1]), rounds=1))
