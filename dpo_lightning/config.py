@@ -157,7 +157,7 @@ CHECKS: dict[str, Check] = {
     "trainer.limit_val_batches": LIMIT,
     "trainer.val_check_interval": (lambda v: LIMIT[0](v) and v > 0, LIMIT[1]),
     "trainer.num_sanity_val_steps": (lambda v: _integer(v) and v >= -1, "a whole number, or -1 for all"),
-    "trainer.deterministic": _either(FLAG, "warn"),
+    "trainer.deterministic": _either(FLAG, "warn", "auto"),
     "strategy.name": _one_of("auto", "single", "ddp", "zero1", "zero2", "zero3", "zero3_offload"),
     "logger.project": TEXT,
     "logger.entity": _optional(TEXT),

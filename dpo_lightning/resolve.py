@@ -15,7 +15,13 @@ from dpo_lightning.checkpoints.folder import CONFIG, MANIFEST
 from dpo_lightning.data.batches import limited
 from dpo_lightning.data.datamodule import PreferenceData
 from dpo_lightning.model.source import ModelSource
-from dpo_lightning.training.devices import choose_strategy, count_devices, memory_of_device, state_bytes
+from dpo_lightning.training.devices import (
+    choose_strategy,
+    count_devices,
+    memory_of_device,
+    resolve_deterministic,
+    state_bytes,
+)
 from dpo_lightning.training.optim import resolve_lr
 from dpo_lightning.training.precision import resolve_precision
 from dpo_lightning.types import UserError
@@ -31,6 +37,7 @@ def resolve(cfg: DictConfig, source: ModelSource, data: PreferenceData, sweep: b
     full = "r" not in cfg.lora
     trainer = cfg.trainer
     trainer.precision = resolve_precision(trainer.precision, trainer.accelerator)
+    trainer.deterministic = resolve_deterministic(trainer.deterministic, trainer.accelerator)
     cfg.optim.lr = resolve_lr(cfg.optim.lr, full)
     devices = count_devices(trainer.accelerator, plain(trainer)["devices"], trainer.num_nodes)
     check_limits(cfg, len(data.train), devices)

@@ -57,6 +57,8 @@ for name in ("lightning.pytorch", "lightning.fabric"):
     logging.getLogger(name).setLevel(logging.WARNING)
 disable_progress_bar()  # of loading weights; the training has one of its own
 datasets.disable_progress_bars()
+# Where bits have to repeat PyTorch would also fill every new tensor, for programs that read before they write.
+torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def train(cfg: DictConfig, run_dir: Path, resume: Path | None, sweep: bool) -> int:

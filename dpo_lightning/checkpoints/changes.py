@@ -14,8 +14,8 @@ MAY_CHANGE = (
     "run_dir", "resume", "resume_allow", "logger", "callbacks", "checkpoint", "cluster", "export", "samples", "slurm",
     "optimized_metric", "trusted_targets",
     # where the same numbers are computed
-    "strategy", "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "reference",
-    "model.gradient_checkpointing",
+    "strategy", "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.deterministic",
+    "reference", "model.gradient_checkpointing",
     # how a step's pairs are split; that their number stays is checked by itself
     "data.batch_size", "trainer.accumulate_grad_batches",
     # when the run ends: more steps are a reason to resume, and the schedule of the learning rate follows

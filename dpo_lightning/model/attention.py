@@ -6,7 +6,7 @@ PyTorch's fused attention segment by segment. On the CPU ours, block by block.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from inspect import signature
 from typing import Any
 
@@ -18,6 +18,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from dpo_lightning.model.block_attention import BlockAttention
 from dpo_lightning.model.products import product_dtype
+from dpo_lightning.model.repeatable import repeatable
 from dpo_lightning.model.segments import ScoreRule, Segments
 
 NAME = "dpo_shared_prefix"
@@ -55,7 +56,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, rule: ScoreRule
     if chosen == "blocks" or (chosen != "flash-attn" and rule.cap is not None):
         return BlockAttention.apply(q, k, v, segments, rule)
     k, v = (x.index_select(0, segments.keys_K) for x in (k, v))
-    return WAYS[chosen](q, k, v, segments, rule)
+    run = partial(WAYS[chosen], segments=segments, rule=rule)
+    return run(q, k, v) if chosen == "flash-attn" else repeatable(run, q, k, v)  # that one is told by an argument
 
 
 def way(device: str, dtype: torch.dtype) -> str:

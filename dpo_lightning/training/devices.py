@@ -29,6 +29,13 @@ def on_cuda(accelerator: str) -> bool:
     return accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
 
 
+def resolve_deterministic(deterministic: bool | str, accelerator: str) -> bool | str:
+    """Return Lightning's value: auto is warn on GPUs, whose kernels repeat their bits only if asked, else False."""
+    if deterministic != "auto":
+        return deterministic
+    return "warn" if on_cuda(accelerator) else False
+
+
 def memory_of_device(accelerator: str, on_this_node: int) -> int:
     """Return the bytes of memory that a device has for itself; 0 where that is not known, as on a login node.
 

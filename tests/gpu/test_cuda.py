@@ -11,19 +11,20 @@ import torch
 
 from dpo_lightning.model.attention import fused, varlen
 from dpo_lightning.model.block_attention import BlockAttention
-from dpo_lightning.model.layout import choose_layout
+from dpo_lightning.model.layout import choose_layout, probe
 from dpo_lightning.model.segments import ScoreRule
 from dpo_lightning.model.shared_prefix import plan
-from dpo_lightning.model.source import ModelSource
 from tests.cluster.test_preflight import ranks
+from tests.model.test_layout import SHARED, measured, model_of
 from tests.ranks import run_ranks, trace, traced
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 TINY = [
     "model=tiny", "logger=none", "callbacks=none", "samples.count=0", "trainer.accelerator=gpu", "data.max_pairs=40",
-    "data.max_length=160", "trainer.deterministic=warn",
+    "data.max_length=160",
 ]  # fmt: skip
+GEMMA2 = ["model.architecture=gemma2", "+model.dimensions={head_dim: 16, sliding_window: 32}"]
 STRATEGIES = ["single", "ddp", "zero1", "zero2", "zero3", "zero3_offload"]
 DEVICES = min(2, torch.cuda.device_count())
 
@@ -79,9 +80,17 @@ def test_16_bit_training_begins_at_ln2_and_lowers_the_loss(tmp_path, cache, stra
     assert sum(found[-3:]) / 3 < math.log(2) - 0.02
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_resumed_run_has_the_bits_of_the_one_that_was_not_stopped(tmp_path, cache, strategy):
-    run = [*words(strategy, "r16", "bf16-mixed"), "lora.lora_dropout=0.1", "trainer.max_epochs=2"]
+SHARED_PREFIX = [(strategy, ["lora=r16"]) for strategy in STRATEGIES]
+OTHERS = [
+    ("single", ["lora=r16", "lora.lora_dropout=0.1"]), ("zero2", ["lora=r16", "lora.lora_dropout=0.1"]),
+    ("single", ["lora=none"]), ("zero3", ["lora=none"]), ("single", ["lora=r16", "trainer.precision=32-true"]),
+    ("single", ["lora=r16", "model.gradient_checkpointing=true"]), ("single", ["lora=r16", *GEMMA2]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("strategy", "more"), SHARED_PREFIX + OTHERS)
+def test_a_resumed_run_has_the_bits_of_the_one_that_was_not_stopped(tmp_path, cache, strategy, more):
+    run = [*words(strategy, "r16", "bf16-mixed"), *more, "data.max_length=800", "trainer.max_epochs=2"]
     run += ["optim.schedule=constant"]  # which does not depend on the number of steps, that the stop changes
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     on_gpus(traced(whole, *run), cache, strategy)
@@ -90,19 +99,17 @@ def test_a_resumed_run_has_the_bits_of_the_one_that_was_not_stopped(tmp_path, ca
     assert trace(stopped) == trace(whole)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma2", "qwen3", "mistral"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_shared_prefix_agrees_with_padded_pairs(tmp_path, architecture, dtype):
-    sizes = {
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-    }
-    source = ModelSource("tiny", tmp_path, init="random", architecture=architecture, dimensions=sizes)
-    assert choose_layout(source.load(dtype).to("cuda"), "auto") == "shared"
+@pytest.mark.parametrize("architecture", SHARED)
+def test_the_shared_prefix_agrees_with_padded_pairs(architecture):
+    """In float32 to the gradients, in bfloat16 by the probe that chooses the layout."""
+    model = model_of(architecture, SHARED[architecture]).to("cuda")
+    assert choose_layout(model, "auto") == "shared"
+    batch = probe(97, torch.device("cuda"))
+    (padded, padded_grads), (shared, shared_grads) = (measured(model, way, batch) for way in ("padded", "shared"))
+    torch.testing.assert_close(shared, padded, atol=1e-4, rtol=0)
+    largest = max(g.abs().max() for g in padded_grads.values())
+    assert all((shared_grads[name] - g).abs().max() <= 1e-4 * largest for name, g in padded_grads.items())
+    assert choose_layout(model.bfloat16(), "auto") == "shared"
 
 
 @pytest.mark.parametrize("strategy", ["single", "zero2"])

@@ -91,6 +91,37 @@ def test_the_fused_way_of_cuda_equals_the_definition(window, cap):
     torch.testing.assert_close(out, by_definition(row, q, k, v, rule), atol=2e-6, rtol=0)
 
 
+def test_a_training_that_only_warns_differentiates_attention_deterministically(monkeypatch):
+    """Each way's backward pass on CUDA gives other bits each time unless PyTorch is told to fail otherwise."""
+    modes = []
+
+    class Noted(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            modes.append(torch.get_deterministic_debug_mode())
+            return grad
+
+    monkeypatch.setattr(attention, "way", lambda device, dtype: "noted")
+    monkeypatch.setitem(attention.WAYS, "noted", lambda *args, **rest: Noted.apply(fused(*args, **rest)))
+    row, (q, k, v), g = inputs(3)
+    found = {}
+    for mode in ("default", "warn", "error"):
+        torch.set_deterministic_debug_mode(mode)
+        try:
+            out = attention._attend(q, k, v, row.segments, ScoreRule(0.3, None, None))
+            found[mode] = out, *torch.autograd.grad(out, (q, k, v), g)
+            assert torch.get_deterministic_debug_mode() == ("default", "warn", "error").index(mode)
+        finally:
+            torch.set_deterministic_debug_mode("default")
+    assert modes == [0, 2, 2]
+    for mode in ("warn", "error"):
+        assert all(torch.equal(a, b) for a, b in zip(found[mode], found["default"], strict=True))
+
+
 @pytest.mark.parametrize("name", ["varlen", "flash-attn"])
 @pytest.mark.parametrize("window", [None, 6, 100])
 def test_a_variable_length_call_gets_the_same_segments(window, name, monkeypatch):

@@ -1,8 +1,9 @@
 """What `auto` becomes by the memory that weights and states take, and what is refused before anything is loaded."""
 
 import pytest
+import torch
 
-from dpo_lightning.training.devices import choose_strategy, state_bytes
+from dpo_lightning.training.devices import choose_strategy, resolve_deterministic, state_bytes
 from dpo_lightning.types import UserError
 
 B = 10**9
@@ -52,3 +53,14 @@ def test_it_is_refused_before_a_weight_is_made(verb, cli, tmp_path, capsys):
     assert cli(*verb, *words, f"run_dir={tmp_path / 'run'}") == 2
     assert "error: strategy=single: weights and states" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "on_gpus", "on_cpus"), [("auto", "warn", False), (False, False, False), (True, True, True)]
+)
+def test_auto_asks_gpus_alone_to_repeat_their_bits(given, on_gpus, on_cpus, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert resolve_deterministic(given, "auto") == resolve_deterministic(given, "gpu") == on_gpus
+    assert resolve_deterministic(given, "cpu") == on_cpus
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_deterministic(given, "auto") == on_cpus
