@@ -45,7 +45,7 @@ class Told(torch.autograd.Function):
 
 @contextmanager
 def deterministic() -> Iterator[None]:
-    """Have PyTorch compute deterministically, or fail, for a while; of this process' threads autograd's waits."""
+    """Have PyTorch compute deterministically or fail: the whole process, whose other threads wait for autograd's."""
     before = torch.get_deterministic_debug_mode()
     torch.set_deterministic_debug_mode("error")
     try:
