@@ -8,8 +8,8 @@ and the backward pass is a row scale. With a trainable head the logits are recom
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
@@ -127,31 +127,28 @@ def install_scoring(model: Any) -> nn.Module:
     """
     head: Any = model.get_output_embeddings()
     config = model.config.get_text_config()
-    rule, vocabulary = LogitRule.of(config), config.vocab_size  # ZeRO-3 leaves the weight no shape
     if not hasattr(head, "logits"):
-        logits: Callable[[Tensor], Tensor] = head.forward
-        head.logits = logits
-
-        def forward(x: Tensor, y_S: Tensor | None = None) -> Tensor:
-            return logits(x) if y_S is None else _score(head, logits, x, y_S, rule, vocabulary)
-
-        head.forward = forward
+        head.logits = head.forward
+        head.rule, head.vocabulary = LogitRule.of(config), config.vocab_size  # ZeRO-3 leaves the weight no shape
+        head.forward = MethodType(_logits_or_logps, head)  # not a closure: a deep copy is to use its own weight
     return head
 
 
-def _score(
-    head: Any, logits: Callable[[Tensor], Tensor], x_SH: Tensor, y_S: Tensor, rule: LogitRule, vocabulary: int
-) -> Tensor:  # fmt: skip
+def _logits_or_logps(head: Any, x: Tensor, y_S: Tensor | None = None) -> Tensor:
+    return head.logits(x) if y_S is None else _score(head, x, y_S)
+
+
+def _score(head: Any, x_SH: Tensor, y_S: Tensor) -> Tensor:
     kind = x_SH.device.type
-    rows = chunk_rows(vocabulary, kind)
+    rows = chunk_rows(head.vocabulary, kind)
     if type(head) is nn.Linear and head.bias is None:
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
         wide = product_dtype(dtype, kind)
         with torch.autocast(kind, enabled=False):  # it has done its part
-            return LinearLogp.apply(x_SH.to(dtype).to(wide), head.weight.to(dtype).to(wide), y_S, rule, rows)
+            return LinearLogp.apply(x_SH.to(dtype).to(wide), head.weight.to(dtype).to(wide), y_S, head.rule, rows)
 
     def logp(x: Tensor, y: Tensor) -> Tensor:  # a bias or an adapter on the head: plain autograd, recomputed
-        scores = rule.apply(logits(x))
+        scores = head.rule.apply(head.logits(x))
         return scores.gather(1, y[:, None])[:, 0] - scores.logsumexp(1)
 
     parts = zip(x_SH.split(rows), y_S.split(rows), strict=True)

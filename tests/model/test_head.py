@@ -1,5 +1,7 @@
 """The chunked head against autograd through the full logits."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -74,3 +76,14 @@ def test_the_module_scores_and_still_gives_logits(bias):
     assert torch.equal(scoring(torch.ones(2, 5)), before)
     scoring(x, y).sum().backward()
     assert x.grad is not None and head.weight.grad is not None
+
+
+def test_a_deep_copy_scores_with_its_own_weight():
+    torch.manual_seed(0)
+    head = module.install_scoring(Tiny(nn.Linear(5, 11, bias=False)))
+    x, y = torch.randn(3, 5), torch.tensor([0, 3, 10])
+    other = copy.deepcopy(head)
+    with torch.no_grad():
+        other.weight.mul_(2)
+    torch.testing.assert_close(other(x, y), other(x).log_softmax(1).gather(1, y[:, None])[:, 0])
+    torch.testing.assert_close(other(x), 2 * head(x))
