@@ -1,4 +1,4 @@
-"""Attention within segments of a packed row as transformers calls it, and the ways to compute it.
+"""Attention within segments of a packed row as transformers calls it, and the kernels that compute it.
 
 On CUDA in 16 bits one variable-length call, flash-attn's where it is installed, else PyTorch's own; in float32
 PyTorch's fused attention segment by segment. On the CPU ours, block by block.
@@ -25,6 +25,7 @@ NAME = "dpo_shared_prefix"
 # torch 2.11 lets heads share keys without being asked, later ones if they are.
 GROUPED = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 WINDOWS: set[int | None] = set()  # that layers have asked for, so that a probe can tell which do
+KNOWN = {"position_ids", "read_R"}  # tensors among a layer's keywords that are not attention's business
 
 
 def attend(
@@ -35,8 +36,13 @@ def attend(
     """Attend within segments: query (1, heads, T, d), key (1, kv heads, T, d), value (.., e <= d) -> (1, T, heads, e).
 
     The signature is transformers' attention interface; `segments` arrives through the model call's keywords.
+
+    Raises NotImplementedError if the layer wants more, such as attention sinks (`s_aux`) or chosen keys (`indices`):
+    left out, they may change less than 16 bits resolve, or only what is longer than a probe.
     """
     assert not dropout, "attention dropout is off in every model this project loads"
+    if more := [name for name, given in kwargs.items() if isinstance(given, Tensor) and name not in KNOWN]:
+        raise NotImplementedError(f"its attention takes {more[0]}")
     WINDOWS.add(sliding_window)  # a layer of Gemma or Mistral without one says None
     window = None if sliding_window is None or sliding_window >= segments.longest else sliding_window
     rule = ScoreRule(query.shape[-1] ** -0.5 if scaling is None else scaling, window, softcap)
@@ -49,24 +55,25 @@ def attend(
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, rule: ScoreRule) -> Tensor:
-    """Go the way that `way` says; q (T, heads, d), k (T, kv heads, d), v (T, kv heads, e <= d) -> (T, heads, e)."""
+    """Attend: q (T, heads, d), k (T, kv heads, d), v (T, kv heads, e <= d) -> (T, heads, e)."""
     if (width := v.shape[2]) < q.shape[2]:  # latent attention, DeepSeek's; kernels want keys and values of one width
         return _attend(q, k, F.pad(v, (0, q.shape[2] - width)), segments, rule)[..., :width]
-    chosen = way(q.device.type, q.dtype)
-    if chosen == "blocks" or (chosen != "flash-attn" and rule.cap is not None):
+    name = kernel_for(q.device.type, q.dtype, rule.cap is not None)
+    if name == "blocks":
         return BlockAttention.apply(q, k, v, segments, rule)
     k, v = (x.index_select(0, segments.keys_K) for x in (k, v))
-    run = partial(WAYS[chosen], segments=segments, rule=rule)
-    return run(q, k, v) if chosen == "flash-attn" else repeatable(run, q, k, v)  # that one is told by an argument
+    kernel = partial(KERNELS[name], segments=segments, rule=rule)
+    return kernel(q, k, v) if name == "flash-attn" else repeatable(kernel, q, k, v)  # that one is told by an argument
 
 
-def way(device: str, dtype: torch.dtype) -> str:
-    """Return how attention is computed on a kind of device; where scores are capped, flash-attn or blocks do it."""
-    if device == "cpu":
+def kernel_for(device: str, dtype: torch.dtype, capped: bool = False) -> str:
+    """Return what computes attention on a kind of device; of the others flash-attn alone caps scores."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    if device != "cpu" and half and _flash_attn() is not None:
+        return "flash-attn"
+    if device == "cpu" or capped:
         return "blocks"
-    if dtype not in (torch.bfloat16, torch.float16):
-        return "fused"
-    return "varlen" if _flash_attn() is None else "flash-attn"
+    return "varlen" if half else "fused"
 
 
 def varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments, rule: ScoreRule) -> Tensor:
@@ -110,7 +117,7 @@ def _flash_attn() -> Any:
     return flash_attn_varlen_func
 
 
-WAYS = {"fused": fused, "varlen": varlen, "flash-attn": flash_attn}
+KERNELS = {"fused": fused, "varlen": varlen, "flash-attn": flash_attn}
 
 # No mask function is registered under this name, so transformers builds no mask; it would read the restarting
 # positions as packed documents and hide the prompt from the rejected branch.

@@ -19,7 +19,7 @@ from dpo_lightning.cluster.exits import WrongNumbers
 from dpo_lightning.cluster.interrupt import Interrupt
 from dpo_lightning.data.batches import MicroBatch, PairTable, ValidationOrder
 from dpo_lightning.data.reference_store import ReferenceStore
-from dpo_lightning.model.attention import way
+from dpo_lightning.model.attention import kernel_for
 from dpo_lightning.model.logps import base_of
 from dpo_lightning.model.products import product_dtype
 
@@ -82,7 +82,7 @@ class ReferenceCache(pl.Callback):
         numerics = {
             "version": VERSION, "weights": self.weights_digest(), "precision": trainer.precision,
             "stored": str(embeddings.dtype), "layout": layout, "device": device.type,
-            "attention": way(device.type, torch.bfloat16 if kind else torch.float32) if layout == "shared"
+            "attention": kernel_for(device.type, torch.bfloat16 if kind else torch.float32) if layout == "shared"
             else base.dpo_stock_attention,
             "products": str(product_dtype(torch.bfloat16 if kind else torch.float32, device.type)),
             "autocast": _autocast(trainer, device.type), "matmul": torch.get_float32_matmul_precision(),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dpo_lightning.model import attention, block_attention, segments
-from dpo_lightning.model.attention import attend, fused, way
+from dpo_lightning.model.attention import attend, fused, kernel_for
 from dpo_lightning.model.block_attention import BlockAttention
 from dpo_lightning.model.segments import ScoreRule
 from dpo_lightning.model.shared_prefix import plan
@@ -84,7 +84,7 @@ def test_weights_that_are_kept_and_those_computed_again_give_the_same_bits(dtype
 
 
 @pytest.mark.parametrize(("window", "cap"), RULES[:2])
-def test_the_fused_way_of_cuda_equals_the_definition(window, cap):
+def test_the_fused_kernel_of_cuda_equals_the_definition(window, cap):
     row, (q, k, v), _ = inputs(3)
     rule = ScoreRule(0.3, window, cap)
     out = fused(q, k[row.segments.keys_K], v[row.segments.keys_K], row.segments, rule)
@@ -92,7 +92,7 @@ def test_the_fused_way_of_cuda_equals_the_definition(window, cap):
 
 
 def test_a_training_that_only_warns_differentiates_attention_deterministically(monkeypatch):
-    """Each way's backward pass on CUDA gives other bits each time unless PyTorch is told to fail otherwise."""
+    """Each kernel's backward pass on CUDA gives other bits each time unless PyTorch is told to fail otherwise."""
     modes = []
 
     class Noted(torch.autograd.Function):
@@ -105,8 +105,8 @@ def test_a_training_that_only_warns_differentiates_attention_deterministically(m
             modes.append(torch.get_deterministic_debug_mode())
             return grad
 
-    monkeypatch.setattr(attention, "way", lambda device, dtype: "noted")
-    monkeypatch.setitem(attention.WAYS, "noted", lambda *args, **rest: Noted.apply(fused(*args, **rest)))
+    monkeypatch.setattr(attention, "kernel_for", lambda *given: "noted")
+    monkeypatch.setitem(attention.KERNELS, "noted", lambda *args, **rest: Noted.apply(fused(*args, **rest)))
     row, (q, k, v), g = inputs(3)
     found = {}
     for mode in ("default", "warn", "error"):
@@ -122,16 +122,16 @@ def test_a_training_that_only_warns_differentiates_attention_deterministically(m
         assert all(torch.equal(a, b) for a, b in zip(found[mode], found["default"], strict=True))
 
 
-@pytest.mark.parametrize("name", ["varlen", "flash-attn"])
+@pytest.mark.parametrize(("name", "cap"), [("varlen", None), ("flash-attn", None), ("flash-attn", 2.0)])
 @pytest.mark.parametrize("window", [None, 6, 100])
-def test_a_variable_length_call_gets_the_same_segments(window, name, monkeypatch):
+def test_a_variable_length_call_gets_the_same_segments(window, name, cap, monkeypatch):
     """The contract of both kernels (causal, ends aligned), each in its own argument names; tests/gpu has PyTorch's."""
     row, (q, k, v), _ = inputs(3)
 
     def call(q, k, v, ends_q, ends_k, longest_q, longest_k, *, window_size, **more):
         assert (longest_q, longest_k, window_size[1]) == (15, 20, 0)
         own = {"scale": 8**-0.5, "enable_gqa": True}
-        rest = {"softmax_scale": 8**-0.5, "causal": True, "softcap": 0.0, "deterministic": False}
+        rest = {"softmax_scale": 8**-0.5, "causal": True, "softcap": cap or 0.0, "deterministic": False}
         assert more == (own if name == "varlen" else rest)
         out = []
         for i in range(len(ends_q) - 1):
@@ -141,25 +141,29 @@ def test_a_variable_length_call_gets_the_same_segments(window, name, monkeypatch
                 first = ks.start + (max(0, ahead + j - window_size[0]) if window_size[0] >= 0 else 0)
                 keys = slice(first, ks.start + ahead + j + 1)
                 kk, vv = (x[keys].repeat_interleave(2, 1) for x in (k, v))
-                weights = (torch.einsum("hd,khd->hk", q[qs.start + j], kk) * 8**-0.5).softmax(-1)
+                scores = torch.einsum("hd,khd->hk", q[qs.start + j], kk) * 8**-0.5
+                weights = (scores if cap is None else cap * torch.tanh(scores / cap)).softmax(-1)
                 out.append(torch.einsum("hk,khd->hd", weights, vv))
         return torch.stack(out)
 
-    monkeypatch.setattr(attention, "way", lambda device, dtype: name)
+    monkeypatch.setattr(attention, "kernel_for", lambda *given: name)
     monkeypatch.setattr(attention, "varlen_attn", call)
     monkeypatch.setattr(attention, "_flash_attn", lambda: call)
     shaped = [x.transpose(0, 1)[None] for x in (q, k, v)]
-    out, _ = attend(None, shaped[0], shaped[1], shaped[2], None, segments=row.segments, sliding_window=window)
-    torch.testing.assert_close(out[0], by_definition(row, q, k, v, ScoreRule(8**-0.5, window, None)), atol=2e-6, rtol=0)
+    rest = {"segments": row.segments, "sliding_window": window, "softcap": cap}
+    out, _ = attend(None, shaped[0], shaped[1], shaped[2], None, **rest)
+    torch.testing.assert_close(out[0], by_definition(row, q, k, v, ScoreRule(8**-0.5, window, cap)), atol=2e-6, rtol=0)
 
 
-@pytest.mark.parametrize("kind", ["cpu", "cuda"])
-def test_which_way_is_gone(kind, monkeypatch):
-    monkeypatch.setattr(attention, "_flash_attn", lambda: None)
-    assert way(kind, torch.bfloat16) == ("blocks" if kind == "cpu" else "varlen")
-    monkeypatch.setattr(attention, "_flash_attn", lambda: print)
-    assert way(kind, torch.bfloat16) == ("blocks" if kind == "cpu" else "flash-attn")
-    assert way(kind, torch.float32) == ("blocks" if kind == "cpu" else "fused")
+@pytest.mark.parametrize("installed", [False, True])
+def test_which_kernel_is_chosen(installed, monkeypatch):
+    monkeypatch.setattr(attention, "_flash_attn", lambda: print if installed else None)
+    for capped in (False, True):
+        assert kernel_for("cpu", torch.bfloat16, capped) == "blocks"
+    assert kernel_for("cuda", torch.bfloat16) == ("flash-attn" if installed else "varlen")
+    assert kernel_for("cuda", torch.bfloat16, True) == ("flash-attn" if installed else "blocks")
+    assert kernel_for("cuda", torch.float32) == "fused"
+    assert kernel_for("cuda", torch.float32, True) == "blocks"
 
 
 @pytest.mark.parametrize("rule", [ScoreRule(0.3, None, None), ScoreRule(0.3, 3, 2.0)])
@@ -216,3 +220,12 @@ def test_transformers_calls_it_with_its_own_shapes():
     out, weights = attend(None, shaped[0], shaped[1], shaped[2], None, segments=row.segments, scaling=None)
     assert weights is None and out.shape == (1, *q.shape)
     torch.testing.assert_close(out[0], by_definition(row, q, k, v, ScoreRule(8**-0.5, None, None)), atol=2e-6, rtol=0)
+
+
+def test_what_a_layer_wants_besides_is_not_left_out():
+    row, (q, k, v), _ = inputs(3)
+    shaped = [x.transpose(0, 1)[None] for x in (q, k, v)]
+    known = {"segments": row.segments, "position_ids": row.positions_T, "use_cache": False, "s_aux": None}
+    attend(None, shaped[0], shaped[1], shaped[2], None, **known)
+    with pytest.raises(NotImplementedError, match="its attention takes s_aux"):
+        attend(None, shaped[0], shaped[1], shaped[2], None, **{**known, "s_aux": torch.nn.Parameter(torch.zeros(4))})

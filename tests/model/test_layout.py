@@ -179,3 +179,28 @@ def test_attention_in_chunks_is_not_left_out():
     model = model_of("llama", {})
     model.config.attention_chunk_size = 6
     assert choose_layout(model, "auto") == "padded (its attention is chunked by a mask)"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("architecture", "options", "taken"),
+    [
+        ("granite_swa", {"sliding_window": 6}, "s_aux"),
+        # Every query chooses blocks of keys, which begins behind the probe's end.
+        (
+            "minimax_m3_vl_text",
+            {
+                "layer_types": ["minimax_m3_sparse"] * 4, "index_block_size": 8, "index_topk_blocks": 3,
+                "index_n_heads": 2, "index_head_dim": 16, "index_local_blocks": 1, "num_local_experts": 2,
+                "num_experts_per_tok": 1, "moe_intermediate_size": 16,
+            },
+            "block_indices",
+        ),
+    ],
+)  # fmt: skip
+def test_what_attention_takes_besides_is_not_left_out_where_16_bits_would_hide_it(architecture, options, taken, dtype):
+    model = model_of(architecture, options).to(dtype)
+    told = f"the shared prefix cannot run on this model: its attention takes {taken}"
+    assert choose_layout(model, "auto") == f"padded ({told})"
+    with pytest.raises(UserError, match=taken):
+        choose_layout(model, "shared")
