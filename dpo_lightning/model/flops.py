@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from dpo_lightning.model.logps import base_of
+from dpo_lightning.model.logps import base_of, trunk_of
 from dpo_lightning.model.products import product
 
 PEAK_SECONDS = 0.3  # a processor has slow moments: it is shared with others, or its clock has yet to rise
@@ -22,7 +23,7 @@ class PairFlops:
     """Floating-point operations of pairs, a multiply-add as two, every token through the trunk once.
 
     Args:
-        trunk, adapter, head: weights in the matrix products of each.
+        trunk, adapter, head: weights in the matrix products of each; an adapter on the head is left out.
         attention: layers x heads x size of a head.
 
     """
@@ -34,20 +35,21 @@ class PairFlops:
 
     @classmethod
     def of(cls, policy: Any) -> PairFlops | None:
-        """Count a policy's weights; None where not every weight meets every token (mixtures of experts)."""
-        config = base_of(policy).config.get_text_config()
-        experts = ("num_experts", "num_local_experts", "n_routed_experts")
-        if any(getattr(config, key, None) for key in experts):
+        """Count a policy's weights; None where experts share the tokens, or a recurrence stands for attention."""
+        base = base_of(policy)
+        config, parts = base.config.get_text_config(), list(trunk_of(base).named_modules())
+        heads = getattr(config, "num_attention_heads", None)
+        if not heads or any("expert" in f"{name} {type(part).__name__}".lower() for name, part in parts):
             return None
-        head = base_of(policy).get_output_embeddings()
-        linears = [m for m in base_of(policy).modules() if isinstance(m, nn.Linear) and m is not head]
-        sizes = [(m.weight.requires_grad, getattr(m.weight, "ds_numel", m.weight.numel())) for m in linears]
-        full = all(trains for trains, _ in sizes)
-        heads = config.num_attention_heads
+        sizes = [
+            ("lora_" in name, getattr(part.weight, "ds_numel", part.weight.numel()))
+            for name, part in parts
+            if isinstance(part, nn.Linear | Conv1D)
+        ]
         width = getattr(config, "head_dim", None) or config.hidden_size // heads
         return cls(
-            trunk=sum(size for trains, size in sizes if full or not trains),
-            adapter=0 if full else sum(size for trains, size in sizes if trains),
+            trunk=sum(size for added, size in sizes if not added),
+            adapter=sum(size for added, size in sizes if added),
             head=config.vocab_size * config.hidden_size,
             attention=config.num_hidden_layers * heads * width,
         )

@@ -1,5 +1,7 @@
 """The operations that a pair needs, against figures computed by hand for known models."""
 
+import dataclasses
+
 import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
@@ -42,10 +44,35 @@ def test_a_pair_of_known_lengths(adapter, reference, teraflop):
     assert needed.step(HH.repeat(3, 1), reference) == pytest.approx(3 * needed.step(HH, reference))
 
 
-def test_a_mixture_of_experts_is_not_counted():
+@pytest.mark.parametrize(
+    ("architecture", "options"), [("mixtral", {"num_local_experts": 2}), ("aria_text", {"moe_num_experts": 2})]
+)
+def test_a_mixture_of_experts_is_not_counted(architecture, options):
     with torch.device("meta"):
-        model = model_of("mixtral", {"num_local_experts": 2})
+        model = model_of(architecture, options)
     assert PairFlops.of(model) is None
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_gpt2s_layers_are_counted_though_they_are_no_linear_ones(lora):
+    model = no_lora(model_of("gpt2", {}))
+    if lora:
+        with pytest.warns(UserWarning, match="fan_in_fan_out"):
+            model = add_lora(model, r=4, lora_alpha=8, lora_dropout=0.0, target_modules=["c_fc"])
+    adapter = 4 * 4 * (32 + 128) if lora else 0
+    assert PairFlops.of(model) == PairFlops(4 * 12 * 32 * 32, adapter, head=97 * 32, attention=4 * 32)
+
+
+def test_a_model_without_attention_is_not_counted():
+    config = CONFIG_MAPPING["mamba"](vocab_size=97, hidden_size=32, num_hidden_layers=2)
+    assert PairFlops.of(AutoModelForCausalLM.from_config(config)) is None
+
+
+def test_an_adapter_on_the_head_does_not_make_the_head_a_part_of_the_trunk():
+    model = model_of("llama", {})
+    plain = PairFlops.of(no_lora(model))
+    adapted = PairFlops.of(add_lora(model, r=4, lora_alpha=8, lora_dropout=0.0, target_modules=["q_proj", "lm_head"]))
+    assert adapted == dataclasses.replace(plain, adapter=4 * 4 * (32 + 32))
 
 
 def test_the_peak_is_a_speed():
