@@ -52,11 +52,14 @@ def state_bytes(strategy: str, precision: str, weights: int, trainable: int, cop
     """Return the bytes that a device holds at least: weights and the training's states, without activations.
 
     For each trainable weight the states are a gradient and Adam's two moments, 12 bytes in float32 (ZeRO,
-    https://arxiv.org/abs/1910.02054, section 3.1; a master copy may come on top). ZeRO shards the states, ZeRO-3 the
-    weights too. `copies` is 2 where a frozen reference lies beside the policy.
+    https://arxiv.org/abs/1910.02054, section 3.1; a master copy may come on top). ZeRO-1 shards the moments, ZeRO-2
+    the gradients too, which in ZeRO-1 have the weights' dtype, and ZeRO-3 the weights. `copies` is 2 where a frozen
+    reference lies beside the policy.
     """
-    zero = strategy.startswith("zero")
-    whole = weights * copies * frozen_dtype(precision).itemsize
+    zero, itemsize = strategy.startswith("zero"), frozen_dtype(precision).itemsize
+    whole = weights * copies * itemsize
+    if strategy == "zero1":
+        return whole + trainable * itemsize + trainable * 8 // devices
     states = trainable * (6 if precision == "bf16-true" and not zero else 12)
     return whole // (devices if strategy.startswith("zero3") else 1) + states // (devices if zero else 1)
 

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import time
 
 import numpy as np
 import pytest
@@ -75,14 +76,19 @@ def test_a_changed_byte_makes_a_record_unknown_never_wrong(store, byte):
     assert np.array_equal(found[[0, 2]], some(3)[1][[0, 2]])
 
 
-def _write(file, start):
+def _write(file, start, both):
+    """Append, with time between finding the end and writing there, in which only a lock keeps the other out."""
+    fstat = os.fstat
+    os.fstat = lambda descriptor: (fstat(descriptor), time.sleep(0.001))[0]
+    both.wait()
     for i in range(200):
         ReferenceStore(file).append(*some(3, start + 3 * i))
 
 
 def test_processes_that_write_at_once_lose_nothing(store):
     spawn = multiprocessing.get_context("spawn")
-    writers = [spawn.Process(target=_write, args=(store.file, start)) for start in (0, 300)]  # half of it twice
+    both = spawn.Barrier(2)
+    writers = [spawn.Process(target=_write, args=(store.file, start, both)) for start in (0, 300)]  # half of it twice
     for writer in writers:
         writer.start()
     for writer in writers:
