@@ -27,21 +27,23 @@ def parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
     parse = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parse.add_argument("workload", nargs="*", help=f"some of {', '.join(WORKLOADS)}; all, if none is named")
-    parse.add_argument("--rounds", type=positive, default=3, help="how often every arm runs")
+    parse.add_argument("--rounds", type=positive, default=3, help="how often every arm runs (default: 3)")
     parse.add_argument("--arms", help=f"some of {','.join(ARMS)}, separated by commas")
     parse.add_argument("--warmup", type=whole, help="steps that are dropped")
     parse.add_argument("--steps", type=positive, help="steps that are timed")
     parse.add_argument("--pairs", type=positive, help="pairs a step")
-    parse.add_argument("--device", choices=("cpu", "cuda"), help="what both programs train on; cpu")
-    parse.add_argument("--precision", choices=("bf16", "32"), help="what both programs compute in; bf16")
-    parse.add_argument("--model", type=words_of, metavar="WORDS", help='such as "model=llama32_1b"; model=smollm2')
-    parse.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parse.add_argument("--device", choices=("cpu", "cuda"), help="what both programs train on (default: cpu)")
+    parse.add_argument("--precision", choices=("bf16", "32"), help="what both programs compute in (default: bf16)")
+    parse.add_argument(
+        "--model", type=words_of, metavar="WORDS", help='such as "model=llama32_1b" (default: model=smollm2)'
+    )
+    parse.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (default: benchmarks/results)")
     parse.add_argument("--resume", action="store_true", help="go on with a benchmark of the same code that was cut off")
     parse.add_argument(
         "--table", type=Path, metavar="FILE", help="print the table of a recorded benchmark, run nothing"
     )
     for name, path in DATA.items():
-        parse.add_argument(f"--{name}", default=path, metavar="FILE", help=f"the data, {path}")
+        parse.add_argument(f"--{name}", default=path, metavar="FILE", help=f"preference pairs (default: {path})")
     return parse
 
 
@@ -87,6 +89,14 @@ def warn(workloads: Iterable[Workload]) -> None:
         print(SLOW, file=sys.stderr)
 
 
+def recorded(file: Path) -> Record:
+    """Return a recorded benchmark; raise BenchmarkError where the file holds none."""
+    try:
+        return load(file)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BenchmarkError(f"--table {file}: no record of a benchmark ({error})") from error
+
+
 def bench(workload: Workload, options: argparse.Namespace) -> None:
     """Run one benchmark, print its table and write it beside the record."""
     fresh = Record(
@@ -94,10 +104,13 @@ def bench(workload: Workload, options: argparse.Namespace) -> None:
     )
     if fresh.versions["trl"] == "none" and "trl" in map(program_of, workload.arms):
         raise BenchmarkError("TRL is not installed: `make bench` installs it, or pip install '.[bench]'")
+    data = getattr(options, workload.data)
+    if not (ROOT / data).is_file():
+        raise BenchmarkError(f"no file {data}: give preference pairs with --{workload.data} FILE")
     file = unfinished(options.out, fresh) if options.resume else None
     record = load(file) if file else fresh
     file = file or new_file(options.out, record)
-    Bench(record, file, getattr(options, workload.data)).run()
+    Bench(record, file, data).run()
     text = table.write(record)
     file.with_suffix(".md").write_text(text)
     print(text)
@@ -106,10 +119,10 @@ def bench(workload: Workload, options: argparse.Namespace) -> None:
 def main(words: Sequence[str]) -> int:
     """Enter from the command line; return the exit code."""
     options = parser().parse_args(words)
-    if options.table:
-        print(table.write(load(options.table)))
-        return 0
     try:
+        if options.table:
+            print(table.write(recorded(options.table)))
+            return 0
         workloads = chosen(options)
         warn(workloads)
         for workload in workloads:

@@ -5,6 +5,7 @@ python -m benchmarks.cost 1000 10000 100000 1000000
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import random
@@ -173,7 +174,9 @@ def main(words: Sequence[str]) -> None:
     if words[:1] == ["--stage"]:
         print(json.dumps(stage(words[1], int(words[2]))))
         return
-    text = measure([int(word) for word in words] or [1000, 10_000, 100_000, 1_000_000])
+    parse = argparse.ArgumentParser(prog="python -m benchmarks.cost", description=__doc__.partition("\n")[0])
+    parse.add_argument("pairs", nargs="*", type=int, default=[1000, 10_000, 100_000, 1_000_000], help="how many, each")
+    text = measure(parse.parse_args(words).pairs)
     file = ROOT / "benchmarks" / "results" / f"{time.strftime('%F')}-cost.md"
     file.parent.mkdir(exist_ok=True)
     file.write_text(text)

@@ -238,3 +238,20 @@ def test_a_benchmark_without_trl_says_nothing_of_it():
     ours = replace(WORKLOAD, arms=(LIVE,))
     assert "TRL" not in table.write(record(run(LIVE, 1, [1, 1, 1], mfu=0.5), workload=ours, rounds=1))
     assert "TRL's token ids" in table.write(record(run(SHIPPED, 1, [1, 1, 1]), rounds=1))
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--table", "nofile.json"], "error: --table nofile.json: no record of a benchmark ([Errno 2]"),
+        (["--table", "README.md"], "error: --table README.md: no record of a benchmark (Expecting value"),
+        (["hh-full", "--hh", "nofile"], "error: no file nofile: give preference pairs with --hh FILE"),
+    ],
+)
+def test_a_file_that_is_not_there_or_is_another_is_told_in_a_line(words: list[str], told: str, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(machine, "lacks_bfloat16", lambda: False)
+    monkeypatch.setattr(machine, "versions", lambda: {"trl": "1"})
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(told) and error.count("\n") == 1
