@@ -43,6 +43,10 @@ class AddedProduct(torch.autograd.Function):
 class LoraLinear(Linear):
     """PEFT's linear layer with `AddedProduct` for its forward pass, wherever that is all there is to compute."""
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.fan_in_fan_out = False  # a layer of GPT-2's before this one has PEFT transpose all that follow
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return base and adapter's sum, or the base's output where adapters are off; x (..., in) -> (..., out)."""
         base: Any = self.base_layer

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from torch import nn
 
 from dpo_lightning.model.source import write_weights
 
@@ -42,6 +43,20 @@ def _write_weights(policy: Any, is_adapter: bool, scratch: Path) -> None:
         # "auto" would ask the hub whether the vocabulary has grown; it has not
         write_weights(policy, scratch, save_embedding_layers=False)
     else:
-        model: Any = policy.merge_and_unload() if isinstance(policy, PeftModel) else policy
+        model = _merged(policy) if isinstance(policy, PeftModel) else policy
         model.config.use_cache = True
         write_weights(model, scratch)
+
+
+def _merged(policy: PeftModel) -> Any:
+    """Return the base model with the adapter in its weights; the head's own, where only it or the embedding has one.
+
+    Merged into a tensor that both use, either's adapter would change the other.
+    """
+    base: Any = policy.get_base_model()
+    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    inner = [getattr(part, "base_layer", part) for part in (embedding, head)]
+    if inner != [embedding, head] and inner[0].weight is inner[1].weight:
+        inner[1].weight = nn.Parameter(inner[1].weight.detach().clone())
+        base.config.get_text_config().tie_word_embeddings = base.config.tie_word_embeddings = False
+    return policy.merge_and_unload()

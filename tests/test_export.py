@@ -1,0 +1,34 @@
+"""A merged export is the policy that was trained, whatever layers have adapters."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from dpo_lightning.model.lora import add_lora
+from dpo_lightning.outputs.export import _write_weights
+from tests.model.test_layout import model_of
+
+EMBEDDING = {"llama": "embed_tokens", "gemma2": "embed_tokens", "gpt2": "wte"}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")  # of tied weights and of GPT-2's transposed layers
+@pytest.mark.parametrize("adapted", ["head", "embedding", "both", "neither"])
+@pytest.mark.parametrize("architecture", EMBEDDING)
+def test_of_tied_embeddings_each_gets_its_own_adapter_alone(architecture, adapted, tmp_path):
+    names = {"head": ["lm_head"], "embedding": [EMBEDDING[architecture]], "neither": []}
+    names["both"] = names["head"] + names["embedding"]
+    targets = ["c_attn" if architecture == "gpt2" else "q_proj", *names[adapted]]
+    model = model_of(architecture, {"tie_word_embeddings": True})
+    policy = add_lora(model, r=4, lora_alpha=8, lora_dropout=0.0, target_modules=targets).eval()
+    ids = torch.arange(3, 15)[None]
+    with torch.no_grad():
+        for name, weight in policy.named_parameters():
+            if "lora_" in name:
+                weight.normal_()
+        before = policy.get_base_model().get_input_embeddings().weight.clone()
+        trained = policy(input_ids=ids).logits
+        _write_weights(policy, False, tmp_path)
+        exported = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+        torch.testing.assert_close(exported(input_ids=ids).logits, trained, atol=1e-4 * trained.abs().max(), rtol=0)
+    assert exported.config.tie_word_embeddings == (adapted == "neither")
+    assert torch.equal(exported.get_input_embeddings().weight, before) == (adapted in ("head", "neither"))
