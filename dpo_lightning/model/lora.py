@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from dpo_lightning.model.lora_linear import LoraLinear
 from dpo_lightning.types import UserError
+
+LINEAR = (torch.nn.Linear, Conv1D)
 
 
 def add_lora(
@@ -17,10 +21,12 @@ def add_lora(
     """Return `model` wrapped in a LoRA adapter (https://arxiv.org/abs/2106.09685), its own weights frozen.
 
     The adapter is float32 and starts as zero change: A random, B zero. Names and defaults are PEFT's.
+    Raises UserError where a target is no layer of the model, or none that takes an adapter.
     """
     from peft import LoraConfig, TaskType, get_peft_model
 
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
+    _check_targets(model, targets)
     config = LoraConfig(
         r=r,
         lora_alpha=lora_alpha,
@@ -34,6 +40,24 @@ def add_lora(
             return get_peft_model(model, config).train()
     except ValueError as error:
         raise UserError(f"lora.target_modules={target_modules}: {str(error).splitlines()[0]}") from None
+
+
+def _check_targets(model: torch.nn.Module, targets: str | list[str]) -> None:
+    """Raise UserError for a name that matches nothing; PEFT passes over it where another one matches."""
+    if targets == "all-linear":
+        return
+    names = [name for name, _ in model.named_modules()]
+    try:
+        if isinstance(targets, list):
+            lacking = [end for end in targets if not any(f".{name}".endswith(f".{end}") for name in names)]
+        elif lacking := [targets] * (not any(re.fullmatch(targets, name) for name in names)):
+            lacking[0] += f" (a text is a regular expression of whole names; [{targets}] is a list of their ends)"
+    except re.error as error:
+        raise UserError(f"lora.target_modules={targets}: no regular expression ({error})") from None
+    if lacking:
+        ends = {name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, LINEAR)}
+        told = f"no layer is called {', '.join(lacking)}; there are {', '.join(sorted(ends))}"
+        raise UserError(f"lora.target_modules={targets}: {told}")
 
 
 def no_lora(model: torch.nn.Module) -> torch.nn.Module:

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import Linear
 from torch import nn
 
 from dpo_lightning.model.lora import add_lora
 from dpo_lightning.model.lora_linear import AddedProduct, LoraLinear
+from dpo_lightning.types import UserError
 from tests.model.test_layout import SMALL, model_of
 
 X = torch.randn(2, 7, SMALL["hidden_size"], generator=torch.Generator().manual_seed(1))
@@ -71,8 +73,49 @@ def test_what_is_not_plain_is_left_to_peft(model, monkeypatch):
     layer.base_layer.weight.ds_id = 0  # what DeepSpeed marks a sharded weight with
     layer(X)
     del layer.base_layer.weight.ds_id
+    layer.base_layer.weight.requires_grad_(True)
+    layer(X)
+    layer.base_layer.weight.requires_grad_(False)
+    model.add_adapter("second", LoraConfig(r=2, target_modules="all-linear"))
+    model.base_model.set_adapter(["default", "second"])
+    layer(X)
+    model.base_model.set_adapter("default")
     model.merge_adapter()
     layer(X)
+
+
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
+@pytest.mark.parametrize("kind", ["use_dora", "lora_bias"])
+def test_other_kinds_of_adapters_are_left_to_peft(kind, monkeypatch):
+    monkeypatch.setattr(AddedProduct, "apply", lambda *args: pytest.fail("not this one's to compute"))
+    config = LoraConfig(r=4, target_modules=["gate_proj"], **{kind: True})
+    config._register_custom_module({nn.Linear: LoraLinear})
+    policy = get_peft_model(model_of("llama", {}), config)
+    layer = layer_of(policy)
+    assert type(layer) is LoraLinear
+    layer(X)
+
+
+@pytest.mark.parametrize(
+    ("targets", "told"),
+    [
+        (["q_proj", "v_porj"], "no layer is called v_porj; there are down_proj, gate_proj, k_proj, lm_head, o_proj,"),
+        (["proj"], "no layer is called proj; "),
+        ("q_proj", r"no layer is called q_proj \(a text is a regular expression of whole names; \[q_proj\] is a list"),
+        ("*proj", "no regular expression .nothing to repeat"),
+        (["norm"], "Target module LlamaRMSNorm"),
+    ],
+)
+def test_a_target_that_is_not_there_is_told(targets, told):
+    with pytest.raises(UserError, match=f"lora.target_modules.*{told}"):
+        add_lora(model_of("llama", {}), r=4, lora_alpha=8, lora_dropout=0.0, target_modules=targets)
+
+
+@pytest.mark.parametrize("targets", [["self_attn.q_proj", "lm_head"], r".*\.(q|v)_proj", "all-linear"])
+def test_targets_are_named_by_their_ends_or_a_pattern(targets):
+    policy = add_lora(model_of("llama", {}), r=4, lora_alpha=8, lora_dropout=0.0, target_modules=targets)
+    count = {"self_attn.q_proj": 5, "all-linear": 28}.get(targets if isinstance(targets, str) else targets[0], 8)
+    assert sum(isinstance(part, Linear) for part in policy.modules()) == count
 
 
 def test_gradients_are_exact():
