@@ -6,6 +6,7 @@ PyTorch's fused attention segment by segment. On the CPU ours, block by block.
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import cache, partial
 from inspect import signature
 from typing import Any
@@ -24,7 +25,7 @@ from dpo_lightning.model.segments import ScoreRule, Segments
 NAME = "dpo_shared_prefix"
 # torch 2.11 lets heads share keys without being asked, later ones if they are.
 GROUPED = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
-WINDOWS: set[int | None] = set()  # that layers have asked for, so that a probe can tell which do
+WINDOWS: Counter[int | None] = Counter()  # that layers have asked for, so that a probe can tell which did
 KNOWN = {"position_ids", "read_R"}  # tensors among a layer's keywords that are not attention's business
 
 
@@ -43,7 +44,7 @@ def attend(
     assert not dropout, "attention dropout is off in every model this project loads"
     if more := [name for name, given in kwargs.items() if isinstance(given, Tensor) and name not in KNOWN]:
         raise NotImplementedError(f"its attention takes {more[0]}")
-    WINDOWS.add(sliding_window)  # a layer of Gemma or Mistral without one says None
+    WINDOWS[sliding_window] += 1  # a layer of Gemma or Mistral without one says None
     window = None if sliding_window is None or sliding_window >= segments.longest else sliding_window
     rule = ScoreRule(query.shape[-1] ** -0.5 if scaling is None else scaling, window, softcap)
     # Autocast lowers the inputs of attention, as it does here; it must not lower the scores within.

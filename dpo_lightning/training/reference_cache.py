@@ -54,7 +54,7 @@ class ReferenceCache(pl.Callback):
 
     def __init__(self, folder: Path, weights_digest: Callable[[], str], interrupt: Interrupt):
         self.folder, self.weights_digest, self.interrupt = folder, weights_digest, interrupt
-        self.cannot_keep = False
+        self.cannot_keep = self.warned = False
         self.computed = 0  # pairs, by all ranks
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -95,7 +95,7 @@ class ReferenceCache(pl.Callback):
         pairs = data.pairs[name]
         keys_N = data.keys(pairs.table)
         # Rank 0 decides what is missing: others may see a fuller file a moment later.
-        known_N2 = from_rank_0(trainer, lambda: store.find(keys_N))
+        known_N2 = from_rank_0(trainer, lambda: self._found(store, keys_N))
         ahead = data.rows_ahead(name)
         rows = ahead[np.isnan(known_N2[ahead, 0])]
         batches: list[MicroBatch] = []
@@ -137,8 +137,16 @@ class ReferenceCache(pl.Callback):
             rows = part.missing
             part.known_N2[rows] = own_N2.cpu().numpy()[rows]
             if trainer.num_nodes > 1 and trainer.local_rank == 0:  # this node's cache may be its own
-                lacking = np.isnan(store.find(part.keys_N[rows])[:, 0])
+                lacking = np.isnan(self._found(store, part.keys_N[rows])[:, 0])
                 self._keep(store, part.keys_N[rows][lacking], part.known_N2[rows][lacking])
+
+    def _found(self, store: ReferenceStore, keys_N: np.ndarray) -> np.ndarray:
+        """Read from the store; where somebody else's may not be read, nothing is known."""
+        try:
+            return store.find(keys_N)
+        except OSError as error:
+            self._warn(f"read: {error}")
+            return np.full((len(keys_N), 2), np.nan, np.float32)
 
     def _keep(self, store: ReferenceStore, keys_N: np.ndarray, logps_N2: np.ndarray) -> None:
         """Write into the store; a full or read-only disk costs the next run its time, not this one its life."""
@@ -147,9 +155,13 @@ class ReferenceCache(pl.Callback):
         except ValueError as error:
             raise WrongNumbers(str(error)) from error
         except OSError as error:
-            if not self.cannot_keep:
-                print(f"warning: the reference's log-probabilities cannot be kept: {error}", flush=True)
+            self._warn(f"kept: {error}")
             self.cannot_keep = True
+
+    def _warn(self, text: str) -> None:
+        if not self.warned:
+            print(f"warning: the reference's log-probabilities cannot be {text}", flush=True)
+        self.warned = True
 
 
 def _autocast(trainer: pl.Trainer, kind: str) -> bool:

@@ -4,9 +4,11 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from dpo_lightning.model import attention
 from dpo_lightning.model.layout import choose_layout, probe, set_layout
 from dpo_lightning.model.logps import pair_logps, plain_logps
 from dpo_lightning.model.lora import add_lora
+from dpo_lightning.model.segments import ScoreRule
 from dpo_lightning.model.source import checkpoint_activations
 from dpo_lightning.types import Batch, UserError
 
@@ -31,7 +33,15 @@ SHARED = {
         "v_head_dim": 8, "dim_model_base": 32,
     },
 }  # fmt: skip
-RECURRENT = {"mamba": {}, "lfm2": {"layer_types": ["conv", "full_attention", "conv", "conv"]}}
+RECURRENT = {
+    "mamba": ({}, "4 of 4 layers do not attend by transformers' interface"),
+    "lfm2": ({"layer_types": ["conv", "full_attention", "conv", "conv"]}, "3 of 4 layers do not attend by"),
+    "falcon_h1": (
+        {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8},
+        "it convolves the row",
+    ),  # it attends, too
+    "bloom": ({}, "4 of 4 layers do not attend by"),  # its attention is its own, with a bias by distance
+}
 
 
 def model_of(architecture, options):
@@ -60,6 +70,7 @@ def test_shared_prefix_equals_padded_pairs(architecture, lora):
         model = add_lora(model, r=4, lora_alpha=8, lora_dropout=0.0, target_modules="all-linear")
     assert choose_layout(model, "auto") == "shared"
     batch = probe(97, torch.device("cpu"))
+    assert batch.opening > 0
     padded, padded_grads = measured(model, "padded", batch)
     shared, shared_grads = measured(model, "shared", batch)
     torch.testing.assert_close(shared, padded, atol=2e-5, rtol=0)
@@ -82,10 +93,39 @@ def test_gradient_checkpointing_changes_nothing(architecture):
 
 @pytest.mark.parametrize("architecture", RECURRENT)
 def test_a_model_that_cannot_share_is_scored_padded_and_says_so(architecture):
-    model = model_of(architecture, RECURRENT[architecture])
-    assert choose_layout(model, "auto").startswith("padded (in the shared prefix chosen tokens reach the rejected")
+    options, told = RECURRENT[architecture]
+    model = model_of(architecture, options)
+    assert choose_layout(model, "auto").startswith(f"padded ({told}")
     with pytest.raises(UserError, match=r"data\.layout=shared: .*; use data\.layout=auto or padded"):
         choose_layout(model, "shared")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_that_reach_others_behind_attentions_back_are_seen(dtype):
+    model = model_of("llama", {}).to(dtype)
+    mlp = model.model.layers[1].mlp
+    stock = mlp.forward
+    mlp.forward = lambda x: stock(x.cumsum(1))
+    assert choose_layout(model, "auto").startswith("padded (in the shared prefix chosen tokens reach the rejected ones")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_log_probabilities_are_seen(dtype, monkeypatch):
+    model = model_of("llama", {}).to(dtype)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(3)  # logits so large that 16 bits tell
+    monkeypatch.setattr(attention, "ScoreRule", lambda scale, *rest: ScoreRule(3 * scale, *rest))
+    assert choose_layout(model, "auto").startswith("padded (the shared prefix gives other log-probabilities, by ")
+
+
+@pytest.mark.parametrize("layout", ["auto", "padded", "shared"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_damaged_weights_are_told(value, layout):
+    model = model_of("llama", {})
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] = value
+    with pytest.raises(UserError, match="log-probabilities are not finite: its weights are damaged, or too large"):
+        choose_layout(model, layout)
 
 
 def test_dropout_in_training_is_scored_padded_unless_shared_is_asked_for():

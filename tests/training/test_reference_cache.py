@@ -5,6 +5,9 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,8 +17,12 @@ from omegaconf import OmegaConf
 from dpo_lightning.cluster.exits import WRONG_NUMBERS
 from dpo_lightning.data.reference_store import RECORD, ReferenceStore
 from dpo_lightning.model import products
+from dpo_lightning.model.layout import set_layout
 from dpo_lightning.resolve import reference_mode
+from dpo_lightning.training import reference_cache
+from dpo_lightning.training.reference_cache import ReferenceCache
 from dpo_lightning.types import PairLogps
+from tests.model.test_layout import model_of
 from tests.ranks import fault, run_ranks
 
 WORDS = [
@@ -95,6 +102,36 @@ def test_only_what_changes_the_numbers_is_in_the_key(train, monkeypatch):
     assert 0 < shorter < PAIRS  # the rows that this cuts
 
 
+autocast = partial(torch.autocast, "cpu", torch.bfloat16)
+NUMERICS = {
+    "weights": lambda patch, trainer, module: "other",
+    "precision": lambda patch, trainer, module: setattr(trainer, "precision", "64-true"),
+    "stored": lambda patch, trainer, module: module.policy.bfloat16() and None,
+    "layout": lambda patch, trainer, module: setattr(module, "layout", "padded (a reason)"),
+    "attention": lambda patch, trainer, module: patch.setattr(reference_cache, "kernel_for", lambda *given: "varlen"),
+    "products": lambda patch, trainer, module: patch.setattr(reference_cache, "product_dtype", lambda *given: "other"),
+    "autocast": lambda patch, trainer, module: setattr(trainer.precision_plugin, "forward_context", autocast),
+    "matmul": lambda patch, trainer, module: patch.setattr(torch, "get_float32_matmul_precision", lambda: "medium"),
+    "torch": lambda patch, trainer, module: patch.setattr(torch, "__version__", "0"),
+    "transformers": lambda patch, trainer, module: patch.setattr(reference_cache.transformers, "__version__", "0"),
+}
+
+
+@pytest.mark.parametrize("changed", NUMERICS)
+def test_each_of_what_makes_the_numbers_is_in_the_key(changed, tmp_path, monkeypatch):
+    def name_of(change=lambda *parts: None):
+        plugin = SimpleNamespace(forward_context=nullcontext)
+        strategy = SimpleNamespace(root_device=torch.device("cpu"))
+        trainer = SimpleNamespace(precision="32-true", strategy=strategy, precision_plugin=plugin)
+        module = SimpleNamespace(policy=model_of("llama", {}), layout="shared")
+        set_layout(module.policy, "padded")
+        digest = change(monkeypatch, trainer, module) or "digest"
+        return ReferenceCache(tmp_path, lambda: digest, None)._store(trainer, module).file.name
+
+    before = name_of()
+    assert name_of() == before != name_of(NUMERICS[changed])
+
+
 def test_the_second_trial_of_a_sweep_computes_nothing(cli, capfd, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli("-m", *WORDS, "optim.lr=1e-3,2e-3") == 0
@@ -112,6 +149,17 @@ def test_a_disk_that_keeps_nothing_costs_no_training(train, monkeypatch):
 
     monkeypatch.setattr(ReferenceStore, "append", full)
     assert train("reference=cached")[1] == train("reference=cached")[1] == [PAIRS]
+
+
+def test_a_store_that_may_not_be_read_costs_no_training(train, monkeypatch, capfd):
+    def closed(*args):
+        raise PermissionError(13, "Permission denied", "store")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ReferenceStore, "find", closed)
+        patched.setattr(ReferenceStore, "append", closed)
+        assert train("reference=cached")[1] == [PAIRS]
+    assert train("reference=cached")[1] == [PAIRS]
 
 
 def test_a_run_shorter_than_an_epoch_computes_what_it_meets(train):
