@@ -95,8 +95,8 @@ def _hidden_window(config: Any) -> str | None:
     if getattr(config, "attention_chunk_size", None):
         return "its attention is chunked by a mask"
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
-    slides = getattr(config, "use_sliding_window", True) and "sliding_attention" in kinds
-    if slides and getattr(config, "sliding_window", None) and not {*attention.WINDOWS} - {None}:
+    slides = "sliding_attention" in kinds and getattr(config, "sliding_window", None)
+    if slides and not {*attention.WINDOWS} - {None}:
         return "its sliding window is in a mask alone"
     return None
 

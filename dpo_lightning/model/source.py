@@ -265,6 +265,8 @@ def _reachable(name: str, load: Callable[..., Any], **options: Any) -> Any:
 def _remedy(name: str, text: str) -> str:
     if hub.HF_HUB_OFFLINE and not Path(name).exists():
         return f"it is not in the local cache: where there is a network, `hf download {shlex.quote(name)}`"
+    if (Path(name) / "adapter_config.json").is_file():
+        return "it is an adapter: merge it first, `python -m dpo_lightning export run_dir=RUN export.merge=true`"
     if "gated" in text or "401" in text or "403" in text:
         return "accept its licence on the hub and log in with `hf auth login`, or set HF_TOKEN"
     return "check the name and the network, or download it elsewhere and give model=hf model.name=FOLDER"

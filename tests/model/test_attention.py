@@ -69,6 +69,19 @@ def test_blocks_in_16_bits_are_within_their_rounding_of_the_definition(window, c
         assert (one.float() - other).norm() < 0.01 * other.norm()
 
 
+def test_what_many_pairs_add_to_the_gradient_of_one_opening_is_summed_in_float32():
+    torch.manual_seed(0)
+    row = plan(LENGTHS.repeat(64, 1), 3, torch.device("cpu"))
+    make = [torch.randn(len(row.tokens_T), heads, 8).bfloat16() for heads in (4, 2, 2)]
+    grads = []
+    for dtype in (torch.bfloat16, torch.float32):
+        q, k, v = (x.to(dtype).requires_grad_() for x in make)
+        out = BlockAttention.apply(q, k, v, row.segments, ScoreRule(0.3, None, None))
+        grads.append(torch.autograd.grad(out, (k, v), torch.ones_like(out)))
+    for one, other in zip(*grads, strict=True):
+        assert (one.float() - other)[:3].norm() < 0.005 * other[:3].norm()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_that_are_kept_and_those_computed_again_give_the_same_bits(dtype, monkeypatch):
     row, (q, k, v), g = inputs(3, dtype=dtype)
@@ -153,6 +166,12 @@ def test_a_variable_length_call_gets_the_same_segments(window, name, cap, monkey
     rest = {"segments": row.segments, "sliding_window": window, "softcap": cap}
     out, _ = attend(None, shaped[0], shaped[1], shaped[2], None, **rest)
     torch.testing.assert_close(out[0], by_definition(row, q, k, v, ScoreRule(8**-0.5, window, cap)), atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("window", "keys"), [(None, [4, 8, 11, 4, 5]), (3, [4, 6, 5, 4, 3])])
+def test_blocks_hold_the_keys_that_their_queries_see_and_no_others(window, keys):
+    given = segments.Segments([0, 11, 16], [0, 11, 16], torch.arange(16))
+    assert [b.keys.stop - b.keys.start for b in segments.blocks(given, window)] == keys
 
 
 @pytest.mark.parametrize("installed", [False, True])

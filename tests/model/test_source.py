@@ -32,6 +32,16 @@ def test_dropout_of_the_base_is_off_and_training_mode_on(tmp_path):
     assert model.training
 
 
+def test_an_adapters_folder_is_no_model(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    for load in (
+        ModelSource(str(tmp_path), tmp_path).load_tokenizer,
+        ModelSource(str(tmp_path), tmp_path).count_weights,
+    ):
+        with pytest.raises(UserError, match=r"it is an adapter: merge it first, `.* export\.merge=true`"):
+            load()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
