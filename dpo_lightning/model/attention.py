@@ -30,9 +30,9 @@ KNOWN = {"position_ids", "read_R"}  # tensors among a layer's keywords that are 
 
 
 def attend(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, segments: Segments,
-    scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
-    softcap: float | None = None, **kwargs: Any,
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
+    segments: Segments | None = None, scaling: float | None = None, dropout: float = 0.0,
+    sliding_window: int | None = None, softcap: float | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Attend within segments: query (1, heads, T, d), key (1, kv heads, T, d), value (.., e <= d) -> (1, T, heads, e).
 
@@ -41,6 +41,8 @@ def attend(
     Raises NotImplementedError if the layer wants more, such as attention sinks (`s_aux`) or chosen keys (`indices`):
     left out, they may change less than 16 bits resolve, or only what is longer than a probe.
     """
+    if segments is None:
+        raise NotImplementedError("its layers do not hand keywords on to attention")
     assert not dropout, "attention dropout is off in every model this project loads"
     if more := [name for name, given in kwargs.items() if isinstance(given, Tensor) and name not in KNOWN]:
         raise NotImplementedError(f"its attention takes {more[0]}")

@@ -22,11 +22,11 @@ WARNS = 1  # torch's number for the mode "warn"
 def repeatable(attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Return attend(q, k, v), differentiable to the same bits each time where the training asks for it."""
     warns = torch.get_deterministic_debug_mode() == WARNS
-    return Told.apply(attend, q, k, v) if warns else attend(q, k, v)
+    return DeterministicBackward.apply(attend, q, k, v) if warns else attend(q, k, v)
 
 
-class Told(torch.autograd.Function):
-    """An attention function that computes again, with its kernels told, before it is differentiated."""
+class DeterministicBackward(torch.autograd.Function):
+    """Attention whose backward pass computes it again, by deterministic kernels, and differentiates that."""
 
     @staticmethod
     def forward(ctx: Any, attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
