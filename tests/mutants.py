@@ -103,6 +103,18 @@ MUTANTS = [
         '"weights": self.weights_digest(), ', "",
         "tests/training/test_reference_cache.py::test_only_what_changes_the_numbers_is_in_the_key",
     ),
+    Mutant(
+        "two writers of the reference cache write over each other", "data/reference_store.py",
+        "            fcntl.flock(descriptor, fcntl.LOCK_EX)\n", "", "tests/data/test_reference_store.py",
+    ),
+    Mutant(
+        "attention sinks are left out of the shared prefix", "model/attention.py",
+        "isinstance(given, Tensor) and name not in KNOWN", "False", "tests/model/test_layout.py",
+    ),
+    Mutant(
+        "an adapter on the head is merged into the embedding, too", "outputs/export.py",
+        "inner[0].weight is inner[1].weight", "False", "tests/test_export.py",
+    ),
 ]  # fmt: skip
 
 
