@@ -174,7 +174,7 @@ def main(words: Sequence[str]) -> None:
     if words[:1] == ["--stage"]:
         print(json.dumps(stage(words[1], int(words[2]))))
         return
-    parse = argparse.ArgumentParser(prog="python -m benchmarks.cost", description=__doc__.partition("\n")[0])
+    parse = argparse.ArgumentParser(prog="python -m benchmarks.cost", description=str(__doc__).partition("\n")[0])
     parse.add_argument("pairs", nargs="*", type=int, default=[1000, 10_000, 100_000, 1_000_000], help="how many, each")
     text = measure(parse.parse_args(words).pairs)
     file = ROOT / "benchmarks" / "results" / f"{time.strftime('%F')}-cost.md"

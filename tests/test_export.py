@@ -1,5 +1,7 @@
 """A merged export is the policy that was trained, whatever layers have adapters."""
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -19,7 +21,7 @@ def test_of_tied_embeddings_each_gets_its_own_adapter_alone(architecture, adapte
     names["both"] = names["head"] + names["embedding"]
     targets = ["c_attn" if architecture == "gpt2" else "q_proj", *names[adapted]]
     model = model_of(architecture, {"tie_word_embeddings": True})
-    policy = add_lora(model, r=4, lora_alpha=8, lora_dropout=0.0, target_modules=targets).eval()
+    policy: Any = add_lora(model, r=4, lora_alpha=8, lora_dropout=0.0, target_modules=targets).eval()
     ids = torch.arange(3, 15)[None]
     with torch.no_grad():
         for name, weight in policy.named_parameters():
@@ -28,7 +30,7 @@ def test_of_tied_embeddings_each_gets_its_own_adapter_alone(architecture, adapte
         before = policy.get_base_model().get_input_embeddings().weight.clone()
         trained = policy(input_ids=ids).logits
         _write_weights(policy, False, tmp_path)
-        exported = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+        exported: Any = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
         torch.testing.assert_close(exported(input_ids=ids).logits, trained, atol=1e-4 * trained.abs().max(), rtol=0)
     assert exported.config.tie_word_embeddings == (adapted == "neither")
     assert torch.equal(exported.get_input_embeddings().weight, before) == (adapted in ("head", "neither"))

@@ -139,16 +139,16 @@ def _logits_or_logps(head: Any, x: Tensor, y_S: Tensor | None = None) -> Tensor:
 
 
 def _score(head: Any, x_SH: Tensor, y_S: Tensor) -> Tensor:
-    kind = x_SH.device.type
+    kind, rule, logits = x_SH.device.type, head.rule, head.logits
     rows = chunk_rows(head.vocabulary, kind)
     if type(head) is nn.Linear and head.bias is None:
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
         wide = product_dtype(dtype, kind)
         with torch.autocast(kind, enabled=False):  # it has done its part
-            return LinearLogp.apply(x_SH.to(dtype).to(wide), head.weight.to(dtype).to(wide), y_S, head.rule, rows)
+            return LinearLogp.apply(x_SH.to(dtype).to(wide), head.weight.to(dtype).to(wide), y_S, rule, rows)
 
     def logp(x: Tensor, y: Tensor) -> Tensor:  # a bias or an adapter on the head: plain autograd, recomputed
-        scores = head.rule.apply(head.logits(x))
+        scores = rule.apply(logits(x))
         return scores.gather(1, y[:, None])[:, 0] - scores.logsumexp(1)
 
     parts = zip(x_SH.split(rows), y_S.split(rows), strict=True)

