@@ -40,7 +40,7 @@ def resolve(cfg: DictConfig, source: ModelSource, data: PreferenceData, sweep: b
     trainer.deterministic = resolve_deterministic(trainer.deterministic, trainer.accelerator)
     cfg.optim.lr = resolve_lr(cfg.optim.lr, full)
     devices = count_devices(trainer.accelerator, plain(trainer)["devices"], trainer.num_nodes)
-    check_limits(cfg, len(data.train), devices)
+    check_limits(cfg, len(data.train), len(data.val), devices)
     by_batch = source.turns_by_batch(data.longest())
     if cfg.reference.mode == "auto":
         cfg.reference.mode = reference_mode(cfg, len(data.train), devices, sweep, by_batch)
@@ -72,15 +72,21 @@ def resolve(cfg: DictConfig, source: ModelSource, data: PreferenceData, sweep: b
     return f"{cfg.strategy.name} ({reason})" if reason else cfg.strategy.name
 
 
-def check_limits(cfg: DictConfig, pairs: int, devices: int) -> None:
+def check_limits(cfg: DictConfig, pairs: int, held_out: int, devices: int) -> None:
     """Raise UserError for an interval of batches that does not fit an epoch, or that would cut a step in two."""
     accumulate, limit, interval = (
         cfg.trainer[key] for key in ("accumulate_grad_batches", "limit_train_batches", "val_check_interval")
     )
     batches = -(-pairs // (cfg.data.batch_size * accumulate * devices)) * accumulate
-    if isinstance(interval, int) and interval > batches:
-        raise UserError(f"trainer.val_check_interval={interval}: an epoch has {batches} batches; give at most that")
     used = limited(batches, limit)
+    if isinstance(interval, int) and interval > used:
+        raise UserError(f"trainer.val_check_interval={interval}: an epoch has {used} batches; give at most that")
+    for key, among in (
+        ("limit_train_batches", batches),
+        ("limit_val_batches", -(-held_out // (cfg.data.batch_size * devices))),
+    ):
+        if cfg.trainer[key] and limited(among, cfg.trainer[key]) < 1:
+            raise UserError(f"trainer.{key}={cfg.trainer[key]}: less than one of {among} batches; give more, or 0")
     if used % accumulate:
         raise UserError(
             f"trainer.limit_train_batches={limit}: {used} batches are no whole number of steps of "

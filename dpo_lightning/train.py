@@ -186,7 +186,7 @@ def build_data(cfg: DictConfig, source: ModelSource) -> PreferenceData:
     """Return the data, every row read and judged: before this, no model is loaded."""
     data: PreferenceData = instantiate(cfg.data)(load_tokenizer=source.load_tokenizer, seed=cfg.seed)
     data.prepare_data()
-    source.check_fits(data.longest(), data.tokenizer)
+    source.check_fits(data.longest(), data.largest_id())
     return data
 
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from dpo_lightning.cli.process import importing
 from dpo_lightning.outputs import results
 from dpo_lightning.outputs.card import Card
+from dpo_lightning.training.precision import frozen_dtype
 
 TINY = ["model=tiny", "logger=none", "callbacks=none", "trainer.precision=32-true", "samples.count=0"]
 
@@ -60,6 +61,9 @@ def test_a_run_leaves_what_it_promises(cli, metrics, tmp_path):
     quick_start(run / "adapter")
     assert cli("export", f"run_dir={run}", "export.merge=true") == 0
     quick_start(run / "model")
+    (precision,) = re.findall(r"precision: (\S+)", (run / "config.yaml").read_text())
+    merged = load_file(run / "model" / "model.safetensors")
+    assert {weight.dtype for weight in merged.values()} == {frozen_dtype(precision)}
     assert cli("report", f"run_dir={run}") == 0
     assert cli("compare", f"run_dir='{run},{run}'") == 0
 

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from dpo_lightning.data.batches import PairTable, TrainingOrder, ValidationOrder, limited
-from dpo_lightning.data.prepare import Census, prepare, split, validate
+from dpo_lightning.data.prepare import SIDES, Census, prepare, split, validate
 from dpo_lightning.data.sources import FileSource, HubSource, Source
 from dpo_lightning.data.tokenize import use_chat
 from dpo_lightning.types import Batch
@@ -117,6 +117,11 @@ class PreferenceData(pl.LightningDataModule):
         """Return the tokens of the longest prompt with a completion, of all pairs where no tables are given."""
         lengths = [self.lengths(table) for table in tables or (self.train, self.val)]
         return int(max((each[:, :1] + each[:, 1:]).max() for each in lengths))
+
+    def largest_id(self) -> int:
+        """Return the largest token id of all pairs."""
+        parts = (part for table in (self.train, self.val) for name in SIDES for part in _parts(table, name))
+        return max(int(part.flatten().to_numpy().max()) for part in parts)
 
     def keys(self, table: Any) -> np.ndarray:
         """Return 16 bytes of each pair that change with any of its tokens, shape (pairs,)."""

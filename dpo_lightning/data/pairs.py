@@ -5,6 +5,8 @@ r"""A row, in any of the formats that preference data comes in, becomes a Pair. 
 {"chosen": [...], "rejected": [...]}                                         messages, prompt inside both
 {"chosen": "\n\nHuman: ...\n\nAssistant: ...", "rejected": "..."}            Anthropic HH's transcripts
 {"conversations": [{"from": "human", "value": ...}], "chosen": {...}, ...}   ShareGPT
+{"system": "...", "question": "...", "chosen": "...", "rejected": "..."}     any of these with a system turn of its own
+{"instruction": "...", "input": "...", "chosen": "...", "rejected": "..."}   Alpaca
 """
 
 from __future__ import annotations
@@ -21,6 +23,9 @@ ROLES = {
     "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
 }  # fmt: skip
 CONTEXT_KEYS = ("prompt", "conversations", "messages", "question", "instruction")
+# Parts of what the model sees that are not read: trained without them, a pair would say something else.
+UNREAD = ("tools", "chat_template_kwargs", "images", "image", "videos", "history")
+UNREAD_IN_TURN = ("tool_calls", "reasoning_content", "thinking")
 SPEAKER = re.compile(r"\n\n(Human|Assistant):")
 
 
@@ -39,19 +44,36 @@ def to_pair(row: dict[str, Any]) -> Pair:
             close = difflib.get_close_matches(key, [str(k) for k in row], n=1, cutoff=0.5)
             hint = f"; rename {close[0]!r}" if close else "; name the preferred answer 'chosen', the other 'rejected'"
             raise UserError(f"no {key!r} (found keys: {', '.join(map(str, row)) or 'none'}){hint}")
+    for key in UNREAD:
+        if row.get(key):
+            raise UserError(f"{key!r} is part of what the model sees, and is not read; write it into the turns")
     context_key = next((key for key in CONTEXT_KEYS if row.get(key) is not None), "prompt")
     context = row.get(context_key)
     chosen, rejected = row["chosen"], row["rejected"]
     if context is None and isinstance(chosen, str) and isinstance(rejected, str):
         chosen, rejected = transcript(chosen, "chosen"), transcript(rejected, "rejected")
-    if isinstance(chosen, str) and isinstance(rejected, str) and isinstance(context, str):
+    if context_key == "instruction" and isinstance(context, str) and isinstance(row.get("input"), str):
+        context = f"{context}\n\n{row['input']}".strip()
+    system = messages(row.get("system") or [], "system", "system")
+    if isinstance(chosen, str) and isinstance(rejected, str) and isinstance(context, str) and not system:
         pair = Pair(context, chosen, rejected)
     else:
         prompt = [] if context is None else messages(context, context_key, "user")
         pair = _conversation(
-            prompt, messages(chosen, "chosen", "assistant"), messages(rejected, "rejected", "assistant")
+            _opened_by(system, prompt),
+            messages(chosen, "chosen", "assistant"),
+            messages(rejected, "rejected", "assistant"),
         )
     return _with_preference(pair)
+
+
+def _opened_by(system: list[Message], prompt: list[Message]) -> list[Message]:
+    """Return the prompt behind a system turn, which it may have itself."""
+    if not system or prompt[:1] == system:
+        return prompt
+    if prompt and prompt[0]["role"] == "system":
+        raise UserError("'system' and the conversation's own system turn differ; leave one of them out")
+    return system + prompt
 
 
 def transcript(text: str, key: str) -> list[Message]:
@@ -76,8 +98,11 @@ def _conversation(prompt: list[Message], chosen: list[Message], rejected: list[M
     system = [
         turn for turn in opening[:1] if turn["role"] == "system"
     ]  # the sides may have it where the prompt lacks it
-    repeated = any(opening[: len(start)] == start for start in (prompt, system + prompt))
-    prompt = opening if repeated else prompt + opening
+    if prompt[-1:] in (chosen[-1:], rejected[-1:]):  # the whole conversation, its answer too
+        prompt = prompt[:-1]
+    if not _holds(opening, prompt) and not _holds(opening, system + prompt):
+        opening = prompt + opening
+    prompt = opening
     if chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
         raise Unusable("does not end with the assistant")
     if len(chosen) > shared + 1 or len(rejected) > shared + 1:
@@ -85,6 +110,13 @@ def _conversation(prompt: list[Message], chosen: list[Message], rejected: list[M
     if not prompt:
         raise UserError("no prompt: neither a 'prompt' nor turns before the last answer")
     return Pair(prompt, chosen[shared:], rejected[shared:])
+
+
+def _holds(opening: list[Message], prompt: list[Message]) -> bool:
+    """Return whether the sides repeat the prompt: what they open with begins or ends with it, but for white space."""
+    theirs, ours = ([(turn["role"], turn["content"].strip()) for turn in part] for part in (opening, prompt))
+    whole = bool(theirs) and theirs[0][0] != "assistant"  # else it goes on where the prompt has ended
+    return theirs[: len(ours)] == ours or (whole and theirs[-len(ours) :] == ours)
 
 
 def messages(value: Any, key: str, role: str) -> list[Message]:
@@ -104,6 +136,9 @@ def _message(turn: Any, key: str) -> Message:
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
     if not isinstance(content, str):
         raise UserError(f"{key!r} has a message whose content is {type(content).__name__}, not text")
+    for unread in UNREAD_IN_TURN:
+        if turn.get(unread):
+            raise UserError(f"{key!r} has a message with {unread!r}, which is not read; write it into its content")
     if not isinstance(role, str) or role not in ROLES:
         raise UserError(f"{key!r} has a message of role {role!r}; known roles: {', '.join(ROLES)}")
     return {"role": ROLES[role], "content": content}

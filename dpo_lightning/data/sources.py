@@ -61,8 +61,11 @@ class FileSource:
 
     def digest(self) -> str:
         """Return the sha256 of the file's bytes."""
-        with self.file.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        try:
+            with self.file.open("rb") as stream:
+                return hashlib.file_digest(stream, "sha256").hexdigest()
+        except PermissionError as error:
+            raise UserError(f"data.path={self.path}: may not be read ({error.strerror})") from None
 
     def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield `("FILE line 3", row)`; a UserError names the first line that cannot be read."""
@@ -120,13 +123,15 @@ class FileSource:
         import pyarrow
         from pyarrow import parquet
 
+        numbers = itertools.count(1)
         try:
             batches = parquet.ParquetFile(self.file).iter_batches(batch_size=1000)
-            numbers = itertools.count(1)
             for batch in batches:
                 yield from ((f"{self.name} row {next(numbers)}", row) for row in batch.to_pylist())
         except (pyarrow.ArrowInvalid, OSError) as error:
             raise UserError(f"{self.name}: not a parquet file ({str(error).splitlines()[0]})") from None
+        except (UnicodeDecodeError, OverflowError) as error:  # a text that is none, a time beyond Python's
+            raise UserError(f"{self.name} row {next(numbers)} or later: cannot be read ({error})") from None
 
     def _parse(self, place: str, text: bytes) -> Any:
         try:

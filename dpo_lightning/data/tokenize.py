@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from dpo_lightning.types import Message, Pair, UserError
@@ -65,34 +66,40 @@ def _render(pair: Pair, tokenizer: Any, chat: bool) -> tuple[str, str, str]:
             "for instance the instruct variant's"
         )
     turns = [_turns(part, role) for part, role in zip(pair, ("user", "assistant", "assistant"), strict=True)]
-    return (
-        _apply(turns[0], tokenizer, add_generation_prompt=True),
-        _apply(turns[0] + turns[1], tokenizer),
-        _apply(turns[0] + turns[2], tokenizer),
-    )
+    return _apply(turns[0], turns[0] + turns[1], turns[0] + turns[2], tokenizer)
 
 
 def _turns(part: str | list[Message], role: str) -> list[Message]:
     return [{"role": role, "content": part}] if isinstance(part, str) else part
 
 
-def _apply(turns: list[Message], tokenizer: Any, **options: Any) -> str:
-    try:
-        return tokenizer.apply_chat_template(turns, tokenize=False, date_string=TEMPLATE_DATE, **options)
-    except Exception as error:  # jinja raises what the template's author chose
-        merged = _merge(turns)
-        if len(merged) < len(turns):
-            return _apply(merged, tokenizer, **options)
-        roles = ", ".join(turn["role"] for turn in turns)
-        raise UserError(f"the chat template refuses the roles {roles} ({error}); remove such rows") from None
+def _apply(
+    prompt: list[Message], chosen: list[Message], rejected: list[Message], tokenizer: Any
+) -> tuple[str, str, str]:
+    """Render all three alike: as they are, or else with equal roles joined, or else with the system turn, too."""
+    given = (prompt, chosen, rejected)
+    reason: Exception | None = None
+    for merge in (list, _merge, partial(_merge, system=True)):
+        try:
+            p, c, r = (
+                tokenizer.apply_chat_template(
+                    merge(turns), tokenize=False, add_generation_prompt=turns is prompt, date_string=TEMPLATE_DATE
+                )
+                for turns in given
+            )  # fmt: skip
+            return p, c, r
+        except Exception as error:  # jinja raises what the template's author chose
+            reason = reason or error
+    roles = ", ".join(turn["role"] for turn in chosen)
+    raise UserError(f"the chat template refuses the roles {roles} ({reason}); remove such rows") from None
 
 
-def _merge(turns: list[Message]) -> list[Message]:
-    """Join turns as a template like Gemma's wants them: the first user's carries the system's, then roles alternate."""
+def _merge(turns: list[Message], system: bool = False) -> list[Message]:
+    """Join turns as a template like Gemma's wants them: roles alternate, the first user's carries the system's."""
     merged: list[Message] = []
     for turn in turns:
         last = merged[-1]["role"] if merged else None
-        if last == turn["role"] or (last == "system" and turn["role"] == "user"):
+        if last == turn["role"] or (system and last == "system" and turn["role"] == "user"):
             merged[-1] = {"role": turn["role"], "content": f"{merged[-1]['content']}\n\n{turn['content']}"}
         else:
             merged.append(turn)
@@ -118,7 +125,8 @@ def _closing_ids(tokenizer: Any) -> set[int]:
     Where none is there, one EOS is appended: a model must learn where to stop.
     """
     added = getattr(tokenizer, "added_tokens_decoder", {})
-    return {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
+    closing = {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
+    return closing - ({tokenizer.unk_token_id, tokenizer.bos_token_id} - {tokenizer.eos_token_id})
 
 
 def _common_prefix(*rows: list[int]) -> int:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import constants as hub
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -90,8 +91,11 @@ class ModelSource:
             model = AutoModelForCausalLM.from_config(self.config())
         return sum(weight.numel() for weight in model.parameters())
 
-    def check_fits(self, longest: int, tokenizer: Any) -> None:
-        """Raise UserError if a sequence of `longest` tokens, or a token, is beyond what the model was made for."""
+    def check_fits(self, longest: int, largest: int) -> None:
+        """Raise UserError if the longest sequence's tokens, or the largest id, are beyond what the model was made for.
+
+        Of the data, not of the tokenizer: Gemma 3's has an id for images, which its smallest model does not know.
+        """
         config = self.config().get_text_config()
         positions = getattr(config, "max_position_embeddings", None)
         if positions is not None and longest > positions:
@@ -99,9 +103,9 @@ class ModelSource:
                 f"data.max_length: the longest sequence has {longest} tokens, {self.base} takes {positions}; "
                 f"give data.max_length={positions}"
             )
-        if len(tokenizer) > config.vocab_size:
+        if largest >= config.vocab_size:
             raise UserError(
-                f"model.tokenizer: it has {len(tokenizer)} tokens, {self.base} knows {config.vocab_size}; "
+                f"model.tokenizer: the data have a token of number {largest}, {self.base} knows {config.vocab_size}; "
                 "give the model's own tokenizer"
             )
 
@@ -148,7 +152,10 @@ class ModelSource:
             raise UserError(f"model.architecture={self.architecture}: transformers knows no such model_type")
         tokenizer = self.load_tokenizer()
         ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
-        config = CONFIG_MAPPING[self.architecture](**{"vocab_size": len(tokenizer), **ids, **self.dimensions})
+        try:
+            config = CONFIG_MAPPING[self.architecture](**{"vocab_size": len(tokenizer), **ids, **self.dimensions})
+        except StrictDataclassError as error:
+            raise UserError(f"model.dimensions: {' '.join(str(error).split())}") from None
         unknown = [key for key in self.dimensions if key not in type(config)().to_dict()]
         if unknown:
             raise UserError(f"model.dimensions: {self.architecture} has no field {', '.join(unknown)}")
@@ -257,7 +264,7 @@ def _reachable(name: str, load: Callable[..., Any], **options: Any) -> Any:
     """Load, or say in a line what stands in the way."""
     try:
         return load(name, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         why = str(error).partition("\n")[0]  # may be empty
         raise UserError(f"model.name={name}: cannot be loaded ({why}); {_remedy(name, str(error))}") from error
 

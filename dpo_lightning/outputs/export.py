@@ -28,7 +28,7 @@ def export(policy: Any, tokenizer: Any, run_dir: Path, merge: bool, card: Callab
     try:
         _write_weights(policy, is_adapter, scratch)
         tokenizer.save_pretrained(scratch)
-        (scratch / "README.md").write_text(card(folder, is_adapter))
+        (scratch / "README.md").write_text(card(folder, is_adapter), encoding="utf-8")
         for file in scratch.iterdir():
             file.chmod(0o644)  # safetensors come out readable by their owner alone
         shutil.rmtree(folder, ignore_errors=True)

@@ -18,13 +18,17 @@ from torch import Tensor
 def generate(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
     """Return the greedy continuations of prompts of token ids, as text."""
     width = max(map(len, prompts))
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    room = max_new_tokens if positions is None else min(max_new_tokens, positions - width)
+    if room < 1:  # the model has no position for an answer
+        return [""] * len(prompts)
     ids = torch.full((len(prompts), width), tokenizer.pad_token_id)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
     out: Tensor = model.generate(
-        input_ids=ids.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=max_new_tokens,
+        input_ids=ids.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=room,
         do_sample=False, use_cache=True, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in out[:, width:]]
@@ -50,7 +54,7 @@ def answer(
 
 def save(samples: list[dict[str, str]], run_dir: Path) -> None:
     """Keep them for the report."""
-    (run_dir / "samples.json").write_text(json.dumps(samples, indent=1, ensure_ascii=False))
+    (run_dir / "samples.json").write_text(json.dumps(samples, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def show(samples: list[dict[str, str]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -62,17 +63,22 @@ def export(cfg: Mapping[str, Any]) -> int:
         raise UserError(f"run_dir={folder}: no adapter/ to merge; the run trained all weights, or has not ended")
     import torch
     from peft import AutoPeftModelForCausalLM
+    from safetensors import SafetensorError
     from transformers import AutoTokenizer
 
     from dpo_lightning.outputs.card import merged_card
     from dpo_lightning.outputs.export import export as write
 
     base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    # In the dtype in which the run had its base, as a merge at the run's end is.
+    half = re.search(r"^  precision: bf16", (folder / "config.yaml").read_text(encoding="utf-8"), re.M)
     try:
-        policy = AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=torch.bfloat16)
-    except OSError as error:
-        raise UserError(f"the adapter's base {base} cannot be loaded: {str(error).splitlines()[0]}") from error
-    text = (adapter / "README.md").read_text()
+        policy = AutoPeftModelForCausalLM.from_pretrained(str(adapter), dtype=torch.bfloat16 if half else torch.float32)
+        text = (adapter / "README.md").read_text(encoding="utf-8")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(
+            f"the adapter {adapter}, or its base {base}, cannot be loaded: {str(error).splitlines()[0]}"
+        ) from error
     tokenizer = AutoTokenizer.from_pretrained(adapter)
     print(write(policy, tokenizer, folder, True, lambda where, _: merged_card(text, adapter, where)))
     return 0

@@ -104,6 +104,21 @@ def test_a_csv_file_gives_its_rows(name: str, tmp_path: Path) -> None:
     assert read(write(tmp_path, name, data)) == [(f"{name} row {i + 1}", row) for i, row in enumerate(rows)]
 
 
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        pyarrow.array([2**62], pyarrow.int64()).cast(pyarrow.timestamp("us")),  # beyond Python's years, in no use here
+        pyarrow.array([b"\xff"], pyarrow.binary()).view(pyarrow.string()),
+    ],
+    ids=["time", "text"],
+)
+def test_a_parquet_cell_that_python_cannot_hold_is_told_in_a_line(tmp_path: Path, damaged: Any) -> None:
+    table = pyarrow.table({"prompt": ["Q"], "chosen": ["a"], "rejected": ["b"], "more": damaged})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet row 1 or later: cannot be read"):
+        read(FileSource(str(tmp_path / "a.parquet")))
+
+
 def test_a_parquet_file_gives_its_rows_in_batches(tmp_path: Path) -> None:
     rows = [{"prompt": [{"role": "user", "content": f"Q{i}"}], "chosen": "a", "rejected": "b"} for i in range(2500)]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=700)

@@ -226,6 +226,28 @@ def test_two_turns_of_one_role_that_the_template_refuses_are_joined(tokenizer: A
     )
 
 
+def test_of_an_answer_that_was_begun_the_three_texts_are_rendered_alike(tokenizer: Any) -> None:
+    """The prompt alone is no two turns of one role, with the completion it is: both are joined, or neither."""
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}"
+        "{% if not loop.first and m['role'] == messages[loop.index0 - 1]['role'] %}"
+        "{{ raise_exception('twice') }}{% endif %}<|start|>{{ m['role'] }}\n{{ m['content'] }}"
+        "{% if m['role'] != 'assistant' or not loop.last %}<|end|>{% endif %}{% endfor %}"
+    )
+    pair = Pair([system("Be kind."), user("Hi"), bot("Well")], [bot("So.")], [bot("No!")])
+    assert texts(one(pair, tokenizer), tokenizer) == (
+        "<|bos|><|start|>system\nBe kind.<|end|><|start|>user\nHi<|end|><|start|>assistant\nWell",
+        "\n\nSo.<|end|>",
+        "\n\nNo!<|end|>",
+    )
+
+
+def test_an_unknown_token_ends_no_completion(plain_tokenizer: Any) -> None:
+    plain_tokenizer.unk_token = plain_tokenizer.pad_token
+    tokens = one(Pair("Why? ", f"So{plain_tokenizer.pad_token}", "No!"), plain_tokenizer)
+    assert tokens.chosen[-2:] == [PAD, END]
+
+
 def test_a_template_that_takes_all_roles_is_given_them_as_they_are(tokenizer: Any) -> None:
     talk = [system("S"), user("A"), user("B")]
     assert texts(one(Pair(talk, [bot("x")], [bot("y")]), tokenizer), tokenizer)[0] == (
@@ -235,7 +257,9 @@ def test_a_template_that_takes_all_roles_is_given_them_as_they_are(tokenizer: An
 
 def test_roles_that_no_joining_mends_are_named(tokenizer: Any) -> None:
     pair = Pair([bot("Welcome"), user("Hi")], [bot("So.")], [bot("No!")])
-    with pytest.raises(UserError, match=r"refuses the roles assistant, user .*must alternate.*remove such rows"):
+    with pytest.raises(
+        UserError, match=r"refuses the roles assistant, user, assistant .*must alternate.*remove such rows"
+    ):
         one(pair, gemma(tokenizer))
 
 
