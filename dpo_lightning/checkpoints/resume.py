@@ -147,7 +147,7 @@ def undo_later(run_dir: Path, step: int) -> None:
 
 def _has_trained(run_dir: Path) -> bool:
     metrics = run_dir / "metrics.jsonl"
-    return metrics.exists() and '"train/loss"' in metrics.read_text()
+    return metrics.exists() and '"train/loss"' in metrics.read_text(errors="replace")
 
 
 def _was_killed(run_dir: Path) -> bool:

@@ -82,7 +82,7 @@ def best_step(run_dir: Path) -> int | None:
     """Return the step of the checkpoint with the lowest val/loss in metrics.jsonl; None where none was validated."""
     metrics = run_dir / "metrics.jsonl"
     losses: dict[int, float] = {}
-    for line in metrics.read_text().splitlines() if metrics.exists() else ():
+    for line in metrics.read_text(errors="replace").splitlines() if metrics.exists() else ():
         try:
             row = json.loads(line)
         except ValueError:  # the last row of a killed process

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import os
 import sys
 import warnings
@@ -29,6 +30,9 @@ def prepare() -> None:
         os.environ.setdefault(name, value)
     for text in NOISE:
         warnings.filterwarnings("ignore", message=text)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal of Latin-1 has no bullet: that must end no run
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read when torch first allocates

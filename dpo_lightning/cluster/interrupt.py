@@ -10,7 +10,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import lightning.pytorch as pl
@@ -109,8 +109,9 @@ class Interrupt(pl.Callback):
     def _request(self, number: int, frame: Any) -> None:
         if self.signal is None:
             self.signal = number
-            # print may be what the signal has interrupted
-            os.write(2, COMPLETE if self.complete else NOTES[signal.Signals(number)])
+            with suppress(OSError):  # a log on a full disk, a pipe that nobody reads: the step goes on
+                # print may be what the signal has interrupted
+                os.write(2, COMPLETE if self.complete else NOTES[signal.Signals(number)])
         elif number == signal.SIGINT and not self.stopping:
             os._exit(INTERRUPTED)  # checkpoints are published by one rename: none is torn
 

@@ -108,7 +108,8 @@ class Signs:
         if world == 1:
             return cls()
         talk: Any = torch.distributed
-        host = socket.gethostname() if trainer.num_nodes > 1 else "127.0.0.1"
+        # Where the ranks have met already: the name that a host gives itself need not be known to others.
+        host = (os.environ.get("MASTER_ADDR") or socket.gethostname()) if trainer.num_nodes > 1 else "127.0.0.1"
         own = talk.TCPStore(host, 0, is_master=True, wait_for_workers=False) if rank == 0 else None
         address = json.dumps([host, own.port]) if own is not None else ""
         host, port = json.loads(gather_texts(address, trainer.strategy.root_device)[0])

@@ -48,8 +48,10 @@ class Census:
 
 def cache_dir() -> Path:
     """Return the folder for everything that is computed once: $DPO_LIGHTNING_CACHE, else under ~/.cache."""
-    home = os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")
-    return Path(os.environ.get("DPO_LIGHTNING_CACHE", Path(home, "dpo_lightning")))
+    if own := os.environ.get("DPO_LIGHTNING_CACHE"):
+        return Path(own)
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"  # some accounts have no home
+    return Path(caches, "dpo_lightning")
 
 
 @contextmanager

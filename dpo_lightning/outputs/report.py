@@ -42,12 +42,15 @@ def write_report(run_dir: Path) -> Path:
         _table(_gain(rows)),
         f'<div class="plots">{"".join(images)}</div>',
         _samples(run_dir / "samples.json"),
-        f"<h2>Configuration</h2><pre>{html.escape(config.read_text())}</pre>" if config.is_file() else "",
+        f"<h2>Configuration</h2><pre>{html.escape(config.read_text(encoding='utf-8'))}</pre>"
+        if config.is_file()
+        else "",
     ]
     page = run_dir / "report.html"
     page.write_text(
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(run_dir.name)}</title>'
-        f"<style>{STYLE}</style><body>{''.join(parts)}</body></html>\n"
+        f"<style>{STYLE}</style><body>{''.join(parts)}</body></html>\n",
+        encoding="utf-8",
     )
     return page
 
@@ -82,7 +85,7 @@ def _gain(rows: list[dict[str, float]]) -> list[list[Any]]:
 def _samples(file: Path) -> str:
     if not file.is_file():
         return ""
-    samples = json.loads(file.read_text())
+    samples = json.loads(file.read_text(encoding="utf-8"))
     head = ["prompt", "reference", "policy"]
     return "<h2>Answers</h2>" + _table([head, *([s[name] for name in head] for s in samples)])
 

@@ -10,7 +10,7 @@ import functools
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -208,9 +208,10 @@ def clear_stale_locks(after: float = 600.0) -> None:
     """
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     for lock in [*root.glob("deepspeed_*/lock"), *root.glob("*/deepspeed_*/lock")]:
-        if time.time() - lock.stat().st_mtime > after:
-            print(f"removing {lock}: the compilation that held it is over")
-            lock.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # another rank was faster
+            if time.time() - lock.stat().st_mtime > after:
+                lock.unlink()
+                print(f"removed {lock}: the compilation that held it is over")
 
 
 def _precision_of(config: Mapping[str, Any]) -> dict[str, Any]:

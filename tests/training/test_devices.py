@@ -1,8 +1,12 @@
 """What `auto` becomes by the memory that weights and states take, and what is refused before anything is loaded."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+from omegaconf import OmegaConf
 
+from dpo_lightning.resolve import check_limits
 from dpo_lightning.training.devices import choose_strategy, resolve_deterministic, state_bytes
 from dpo_lightning.types import UserError
 
@@ -65,3 +69,25 @@ def test_auto_asks_gpus_alone_to_repeat_their_bits(given, on_gpus, on_cpus, monk
     assert resolve_deterministic(given, "cpu") == on_cpus
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert resolve_deterministic(given, "auto") == on_cpus
+
+
+@pytest.mark.parametrize(
+    ("trainer", "told"),
+    [
+        ({"limit_train_batches": 0.04}, r"trainer\.limit_train_batches=0\.04: less than one of 10 batches"),
+        ({"limit_val_batches": 0.2}, r"trainer\.limit_val_batches=0\.2: less than one of 2 batches"),
+        ({"limit_train_batches": 4, "val_check_interval": 5}, r"trainer\.val_check_interval=5: an epoch has 4 batches"),
+        ({"limit_val_batches": 0, "val_check_interval": 10}, None),
+        ({"limit_train_batches": 0.1, "limit_val_batches": 0.5}, None),
+    ],
+)
+def test_limits_that_lightning_would_refuse_after_the_model_is_loaded(trainer, told):
+    plain = {
+        "accumulate_grad_batches": 1,
+        "limit_train_batches": 1.0,
+        "limit_val_batches": 1.0,
+        "val_check_interval": 1.0,
+    }
+    cfg = OmegaConf.create({"trainer": {**plain, **trainer}, "data": {"batch_size": 4}})
+    with pytest.raises(UserError, match=told) if told else nullcontext():
+        check_limits(cfg, 80, 16, 2)
