@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from dpo_lightning.model.lora_linear import LoraLinear
 from dpo_lightning.types import UserError
 
-LINEAR = (torch.nn.Linear, Conv1D)
+PATTERN = "a text is a regular expression of whole names; [{}] is a list of their ends"
 
 
 def add_lora(
@@ -47,17 +47,22 @@ def _check_targets(model: torch.nn.Module, targets: str | list[str]) -> None:
     if targets == "all-linear":
         return
     names = [name for name, _ in model.named_modules()]
-    try:
-        if isinstance(targets, list):
-            lacking = [end for end in targets if not any(f".{name}".endswith(f".{end}") for name in names)]
-        elif lacking := [targets] * (not any(re.fullmatch(targets, name) for name in names)):
-            lacking[0] += f" (a text is a regular expression of whole names; [{targets}] is a list of their ends)"
-    except re.error as error:
-        raise UserError(f"lora.target_modules={targets}: no regular expression ({error})") from None
+    if isinstance(targets, list):
+        lacking = [end for end in targets if not any(f".{name}".endswith(f".{end}") for name in names)]
+    else:
+        lacking = [] if _matches(targets, names) else [f"{targets} ({PATTERN.format(targets)})"]
     if lacking:
-        ends = {name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, LINEAR)}
-        told = f"no layer is called {', '.join(lacking)}; there are {', '.join(sorted(ends))}"
+        linear = (name for name, part in model.named_modules() if isinstance(part, torch.nn.Linear | Conv1D))
+        ends = sorted({name.rpartition(".")[2] for name in linear})
+        told = f"no layer is called {', '.join(lacking)}; there are {', '.join(ends)}"
         raise UserError(f"lora.target_modules={targets}: {told}")
+
+
+def _matches(pattern: str, names: list[str]) -> bool:
+    try:
+        return any(re.fullmatch(pattern, name) for name in names)
+    except re.error as error:
+        raise UserError(f"lora.target_modules={pattern}: no regular expression ({error})") from None
 
 
 def no_lora(model: torch.nn.Module) -> torch.nn.Module:
