@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from threading import Thread
+from threading import Lock, Thread
 from typing import Any
 
 import psutil
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 STEP = "trainer/global_step"  # Lightning's name of the x-axis
 BEGIN_S = 30.0  # a server that takes longer to open a run is down; the training does not wait for it meanwhile
 UPLOAD_S = 4.0  # at the end, for what is not uploaded yet
-LAST_S = 3.0  # after that, to write it to the disk instead
+LAST_S = 10.0  # after that, to write it to the disk instead; a busy machine takes seconds to start W&B's process
 BEHIND = 10_000  # rows that W&B may lag behind
 AGAIN = 1_000  # rows that are logged a second time where W&B's process is lost, with what it had not written
 Row = dict[str, Any]  # what run.log takes; a list of mappings becomes a table
@@ -83,7 +83,8 @@ class WandbRun(Logger):
         self._again: deque[Row] = deque(maxlen=AGAIN)
         self._dropped = self._exit_code = 0
         self._ending = self._given_up = False
-        self._thread = Thread(target=self._work, args=(offline,), name="W&B", daemon=True)
+        self._online, self._phase = not offline, Lock()
+        self._thread = Thread(target=self._work, name="W&B", daemon=True)
         self._thread.start()
 
     @property
@@ -118,23 +119,32 @@ class WandbRun(Logger):
         self._exit_code = exit_code
         self._inbox.put(None)
         self._thread.join(UPLOAD_S + 2)
-        if self._thread.is_alive():  # it waits for W&B's process; without that it goes on offline, where nothing waits
-            self._given_up = True
-            kill_service()
+        if self._thread.is_alive():
+            self._give_up_the_server()
             self._thread.join(LAST_S)
         if self._thread.is_alive():
+            kill_service()
             log.warning("warning: W&B does not end; what it lacks is in metrics.jsonl")
         elif self._dropped:
             log.warning("warning: W&B lacks %d rows that it was too slow for; metrics.jsonl has them", self._dropped)
 
-    def _work(self, offline: bool) -> None:
+    def _give_up_the_server(self) -> None:
+        """Kill W&B's process where the thread waits for it online; it goes on offline, with one that waits for none."""
+        with self._phase:
+            if self._online:
+                self._given_up = True
+                kill_service()
+
+    def _work(self) -> None:
         """Be the thread: log online, or, after whatever goes wrong there, offline."""
         why = "WANDB_MODE=offline"
-        if not offline:
+        if self._online:
             try:
                 self._log_all(self._begin("online"))
                 return
             except (Exception, SystemExit) as error:  # nothing that W&B raises is a reason to end a training
+                with self._phase:
+                    self._online = False
                 why = "it does not answer in time" if self._given_up else _told(error)
                 _leave(kill=True)
         try:
@@ -148,9 +158,9 @@ class WandbRun(Logger):
     def _begin(self, mode: Any) -> Any:
         import wandb
 
-        settings = wandb.Settings(
-            silent=True, init_timeout=BEGIN_S, finish_timeout=UPLOAD_S, finish_timeout_raises=True
-        )
+        settings = wandb.Settings(silent=True, finish_timeout=UPLOAD_S, finish_timeout_raises=True)
+        if mode == "online":
+            settings.init_timeout = BEGIN_S
         run = wandb.init(mode=mode, dir=str(self._folder), resume="allow", settings=settings, **self._options)
         run.define_metric(STEP)
         run.define_metric("*", step_metric=STEP, step_sync=True)

@@ -22,7 +22,8 @@ from dpo_lightning.training.wandb_run import STEP, folder_for, wandb_logger
 ID, KEY, NOBODY = "5f0e2c1a", "0123456789" * 4, "http://127.0.0.1:9"
 CONFIG = {"seed": 1, "loss": {"_target_": "dpo", "beta": 0.1}}
 ANSWERS = [{"prompt": "Why?", "reference": "No.", "policy": "Since it is so."}]
-START_S, END_S = 5, 10  # what W&B may cost a training
+START_S = 5  # what W&B may cost a training: at its start, and at its end on a machine that is busy
+END_S = wandb_run.UPLOAD_S + 2 + wandb_run.LAST_S + 1
 BEGUN = []  # runs that no test has closed yet
 
 
