@@ -5,11 +5,14 @@ Imports nothing heavy: a mistake in a key is told within a second.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -21,7 +24,7 @@ from dpo_lightning import __version__
 from dpo_lightning.checkpoints import lock
 from dpo_lightning.checkpoints.folder import step_of
 from dpo_lightning.checkpoints.resume import is_first_process, to_resume
-from dpo_lightning.checkpoints.starts import announce, check_progress, note
+from dpo_lightning.checkpoints.starts import announce, check_progress, is_repeated, note
 from dpo_lightning.cli import guard
 from dpo_lightning.cli.errors import explain, fail
 from dpo_lightning.cli.hub import prefer_cache
@@ -66,12 +69,13 @@ def begin(verb: str, cfg: DictConfig, run_dir: Path, sweep: bool) -> int:
     trains, first = verb == "train", is_first_process()
     if first and (trains or lock.is_restarted()):  # a job's check waits, before its ranks look for a checkpoint
         lock.take(run_dir)
-    resume = to_resume(cfg.resume, run_dir, tidy=trains)
+    line = line_of(cfg)
+    resume = to_resume(cfg.resume, run_dir, tidy=trains, again=is_repeated(run_dir, line))
     if trains:
         step = step_of(resume) if resume else 0
         check_progress(run_dir, step, cfg.cluster.max_restarts, first)
         if first:
-            announce(run_dir, step)
+            announce(run_dir, step, line)
     try:
         prefer_cache(cfg)
         with importing():
@@ -82,6 +86,13 @@ def begin(verb: str, cfg: DictConfig, run_dir: Path, sweep: bool) -> int:
         if trains and first:  # nothing that another start would repeat
             note(run_dir, end=INTERRUPTED if isinstance(error, KeyboardInterrupt) else USER_ERROR)
         raise
+
+
+def line_of(cfg: DictConfig) -> str:
+    """Return a text by which a start is known that is made again as it was, as a requeued job's is."""
+    keys: Any = OmegaConf.to_container(cfg)
+    asked = {key: value for key, value in keys.items() if key not in ("run_dir", "slurm")}
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
 
 
 def warn_of_ignored(verb: str, overrides: Sequence[str]) -> None:
@@ -105,7 +116,7 @@ def submit(cfg: DictConfig, multirun: bool) -> int:
     if multirun:
         raise UserError("--multirun: not with submit; launch/sweep.sbatch runs a W&B sweep as SLURM jobs")
     run_dir = job.folder_of(cfg)
-    to_resume(cfg.resume, run_dir, tidy=False)
+    to_resume(cfg.resume, run_dir, tidy=False, again=is_repeated(run_dir, line_of(cfg)))
     return job.submit(cfg, run_dir, sys.argv[1:])
 
 

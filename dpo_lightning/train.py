@@ -19,8 +19,9 @@ from omegaconf import DictConfig, OmegaConf
 from transformers.utils.logging import disable_progress_bar
 
 from dpo_lightning.checkpoints import lock
+from dpo_lightning.checkpoints.base import Base
 from dpo_lightning.checkpoints.changes import changed
-from dpo_lightning.checkpoints.folder import CONFIG, step_of
+from dpo_lightning.checkpoints.folder import CONFIG, run_id, step_of
 from dpo_lightning.checkpoints.resume import ORIGIN, id_of, undo_later
 from dpo_lightning.checkpoints.saver import Checkpoints, Saver, mend
 from dpo_lightning.checkpoints.starts import note
@@ -82,8 +83,9 @@ def train(cfg: DictConfig, run_dir: Path, resume: Path | None, sweep: bool) -> i
         saver.facts["run"] = begin_run(cfg, run_dir, trainer, resume)
 
     plan = {"run_dir": str(run_dir), "checkpoint": str(resume), "data": fingerprint(data), **flat(plain(cfg))}
+    base = Base(source.weights_digest, saver.facts, resume, bool({"model", "model.name"} & {*cfg.resume_allow}))
     trainer = build_trainer(cfg, run_dir, saver, [
-        Agreement(plan, begin), Summary(facts(cfg, source, data, run_dir, resume, strategy)), watchdog,
+        Agreement(plan, begin), base, Summary(facts(cfg, source, data, run_dir, resume, strategy)), watchdog,
         Failures(run_dir), log, interrupt,
     ], Checkpoints(run_dir, cfg.checkpoint.every_n_steps, interrupt.words))  # fmt: skip
     cache = ReferenceCache(cache_dir() / "reference", source.weights_digest, interrupt)
@@ -162,7 +164,8 @@ def begin_run(cfg: DictConfig, run_dir: Path, trainer: pl.Trainer, resume: Path 
 def open_run(cfg: DictConfig, run_dir: Path, trainer: pl.Trainer, resume: Path | None) -> str:
     """Make the run folder with the resolved configuration, and start the loggers; return the run's id."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    lock.take(run_dir)
+    if lock.take(run_dir) and run_id(run_dir) is not None:  # what was decided on an absent folder
+        raise UserError(f"run_dir={run_dir}: another process has trained there meanwhile; start again")
     known = id_of(run_dir, resume)
     OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
     remove_leftovers(run_dir / "checkpoints")

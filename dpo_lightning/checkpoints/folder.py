@@ -64,12 +64,17 @@ def set_aside(folder: Path, why: str = "broken") -> Path:
 
 
 def verify(folder: Path) -> str | None:
-    """Return None where the manifest is this folder's and every file has its size and sha256, else what is wrong."""
+    """Return None where the manifest is this folder's and every file has its size and sha256, else what is wrong.
+
+    Raises PermissionError where a file may not be read: it may be whole.
+    """
     file = folder / MANIFEST
     if (reason := _absence(file)) is not None:
         return reason
     try:
         manifest = json.loads(file.read_bytes())
+    except PermissionError:
+        raise
     except OSError as error:
         return f"{MANIFEST} cannot be read: {error.strerror}"
     except (ValueError, RecursionError):
@@ -114,6 +119,8 @@ def _wrong_file(file: Path, bytes: int, sha256: str) -> str | None:
             return f"{file.name} is {'truncated' if size < bytes else 'too long'}: {size} of {bytes} bytes"
         if digest(file) != sha256:
             return f"{file.name}: its content differs from its sha256"
+    except PermissionError:
+        raise
     except OSError as error:
         return f"{file.name} cannot be read: {error.strerror}"
     return None
@@ -121,7 +128,9 @@ def _wrong_file(file: Path, bytes: int, sha256: str) -> str | None:
 
 def _absence(file: Path) -> str | None:
     """Tell of what is not there, and of what opening would wait on or fail at: a pipe, a folder."""
-    if not os.path.lexists(file):
+    try:
+        file.lstat()
+    except (FileNotFoundError, NotADirectoryError):
         return f"{file.name} is missing"
     return None if file.is_file() else f"{file.name} is not a file"
 

@@ -20,10 +20,13 @@ PATIENCE = 90.0  # seconds that a job which SLURM has started again waits for it
 _held: dict[Path, int] = {}
 
 
-def take(run_dir: Path) -> None:
-    """Hold the lock of a folder that is there, until `let_go`. Raises UserError where another process holds it."""
+def take(run_dir: Path) -> bool:
+    """Hold the lock of a folder that is there, until `let_go`; return whether it was not held before.
+
+    Raises UserError where another process holds it.
+    """
     if run_dir in _held or not run_dir.is_dir():
-        return
+        return False
     try:
         file = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -37,6 +40,7 @@ def take(run_dir: Path) -> None:
     with suppress(OSError):  # a full disk: it only tells others who is here
         os.truncate(file, 0)
         os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+    return True
 
 
 def is_restarted() -> bool:

@@ -24,22 +24,51 @@ from dpo_lightning.types import UserError
 ORIGIN = "resumed_from"  # of a run's folder
 
 
-def to_resume(resume: str, run_dir: Path, tidy: bool = True) -> Path | None:
+def to_resume(resume: str, run_dir: Path, tidy: bool = True, again: bool = False) -> Path | None:
     """Return the state file that `resume` names, or None to start anew; never overwrite a run.
 
-    `tidy`: move broken checkpoints aside.
+    Args:
+        resume: auto, never, or a checkpoint's folder. Where the run was begun from that one, or has gone back to it
+            and is started `again`, it goes on from its own newest; then the one that is named may be gone.
+        run_dir: the run's folder.
+        tidy: move broken checkpoints aside.
+        again: the run's last start was by the same line.
 
     Raises UserError for a path that is not a whole checkpoint, for a folder that holds a run which cannot be gone on
     with, and for one whose checkpoints are all broken.
     """
-    if resume not in ("auto", "never"):
-        folder = _named(resume, run_dir)
-        if (reason := verify(folder)) is not None:
-            raise UserError(
-                f"resume={resume}: not a whole checkpoint, {reason}; "
-                "give a folder like RUN_DIR/checkpoints/step-00000012"
-            )
-        return _begun_from(folder, run_dir, tidy) or folder / STATE
+    try:
+        if resume in ("auto", "never"):
+            return _by_itself(resume, run_dir, tidy)
+        return _by_name(resume, run_dir, tidy, again)
+    except PermissionError as error:
+        raise UserError(
+            f"run_dir={run_dir}: {error.filename} may not be read; give this account the right to, or choose another"
+        ) from error
+
+
+def _by_name(resume: str, run_dir: Path, tidy: bool, again: bool) -> Path:
+    folder = _named(resume, run_dir)
+    own = folder.parent.parent == run_dir
+    if again if own else _origin(run_dir) == str(folder):  # a requeued job's
+        found = newest(run_dir, tidy)
+        _refuse_links(run_dir, found)
+        if found is not None and step_of(found) >= (step_number(folder) or 0):
+            return found
+    if not folder.exists():
+        raise UserError(f"resume={resume}: no such checkpoint; give an existing one, auto or never")
+    if (reason := verify(folder)) is not None:
+        raise UserError(
+            f"resume={resume}: not a whole checkpoint, {reason}; give a folder like RUN_DIR/checkpoints/step-00000012"
+        )
+    if not own and _origin(run_dir) != str(folder) and (newest(run_dir, tidy) is not None or _has_trained(run_dir)):
+        raise UserError(
+            f"run_dir={run_dir}: holds a run that was not begun from resume={folder}; choose another folder"
+        )
+    return folder / STATE
+
+
+def _by_itself(resume: str, run_dir: Path, tidy: bool) -> Path | None:
     found, trained = newest(run_dir, tidy), _has_trained(run_dir)
     if resume == "never":
         if found is not None or trained:
@@ -72,20 +101,10 @@ def _named(resume: str, run_dir: Path) -> Path:
     return own / folder.name if folder.parent == own.resolve() else folder
 
 
-def _begun_from(folder: Path, run_dir: Path, tidy: bool) -> Path | None:
-    """Return how far the run in `run_dir` has come that was begun from another run's checkpoint: a requeued job's."""
-    if folder.parent.parent == run_dir:
-        return None
-    found = newest(run_dir, tidy)
-    if found is None and not _has_trained(run_dir):
-        return None
+def _origin(run_dir: Path) -> str | None:
+    """Return the checkpoint of another run that this one was begun from."""
     origin = run_dir / ORIGIN
-    if not origin.exists() or origin.read_text() != str(folder):
-        raise UserError(
-            f"run_dir={run_dir}: holds a run that was not begun from resume={folder}; choose another folder"
-        )
-    _refuse_links(run_dir, found)
-    return found
+    return origin.read_text() if origin.exists() else None
 
 
 def _refuse_links(run_dir: Path, found: Path | None) -> None:

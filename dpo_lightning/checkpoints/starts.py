@@ -34,12 +34,20 @@ def note(run_dir: Path, **facts: Any) -> None:
         print(f"warning: {run_dir / STARTS} cannot be written: {error}", flush=True)
 
 
-def announce(run_dir: Path, step: int) -> None:
+def announce(run_dir: Path, step: int, line: str) -> None:
     """Note that a process begins to load, for one that never comes to its start; a job's folder is made for it."""
     if "SLURM_JOB_ID" in os.environ:
         with suppress(OSError):  # told, with the remedy, when the run is opened
             run_dir.mkdir(parents=True, exist_ok=True)
-    note(run_dir, begun=step)
+    note(run_dir, begun=step, line=line)
+
+
+def is_repeated(run_dir: Path, line: str) -> bool:
+    """Return whether the last start that has come to its training was by the same line."""
+    rows = read(run_dir)
+    opened = max((at for at, row in enumerate(rows) if "start" in row), default=0)
+    begun = [row for row in rows[:opened] if "begun" in row][-1:]
+    return bool(begun) and begun[0].get("line") == line
 
 
 def read(run_dir: Path) -> list[dict[str, Any]]:

@@ -133,17 +133,19 @@ class ModelSource:
         return str(Path(self.name).absolute()) if Path(self.name).is_dir() else self.name
 
     def weights_digest(self) -> str:
-        """Return a text that changes with any weight and with the architecture, read anew each time."""
+        """Return a text that changes with any weight and with the architecture.
+
+        A file that has not changed since it was read is not read again. Raises UserError where there are none.
+        """
         folder = Path(self.folder())
         if not folder.is_dir():
             folder = Path(str(cached_file(self.name, "config.json"))).parent
         digest = hashlib.sha256()
         weights = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
         if not weights:
-            raise UserError(f"reference=cached: no weight files in {folder} to know the reference by; choose another")
+            raise UserError(f"model.name={self.name}: no *.safetensors or *.bin in {folder} to know the weights by")
         for file in [*weights, folder / "config.json"]:
-            with file.open("rb") as content:
-                digest.update(file.name.encode() + hashlib.file_digest(content, "sha256").digest())
+            digest.update(file.name.encode() + bytes.fromhex(_digest(file, file.stat().st_mtime_ns)))
         return digest.hexdigest()
 
     def _random_config(self) -> Any:

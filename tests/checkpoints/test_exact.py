@@ -243,5 +243,5 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path, capsys, monkey
     saver.save_checkpoint({"global_step": 3}, tmp_path / "checkpoints" / "step-00000003")
     with pytest.raises(ValueError, match="no point"):
         saver.finish()
-    with pytest.raises(UserError, match="not a whole checkpoint"):
+    with pytest.raises(UserError, match="no such checkpoint"):
         to_resume(str(tmp_path / "checkpoints" / "step-00000003"), tmp_path)

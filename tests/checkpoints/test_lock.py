@@ -59,6 +59,23 @@ def test_a_run_that_has_made_its_folder_holds_it(tmp_path, cli):
     assert cli(*TINY, *intruder, "trainer.max_steps=1", f"run_dir={tmp_path / 'run'}") == 0
 
 
+class Faster(pl.Callback):
+    """Another process that makes the folder and trains in it, when this one has found none there."""
+
+    def __init__(self, folder):
+        command = [sys.executable, "-m", "dpo_lightning", *TINY, "trainer.max_steps=2", f"run_dir={folder}"]
+        subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+
+
+def test_a_run_that_was_made_since_it_was_looked_for_is_left_alone(tmp_path, cli, metrics, capsys):
+    target, run = "tests.checkpoints.test_lock.Faster", tmp_path / "run"
+    faster = [f"+callbacks.faster._target_={target}", f"+callbacks.faster.folder={run}", f"trusted_targets=[{target}]"]
+    assert cli(*TINY, *faster, "trainer.max_steps=1", f"run_dir={run}") == 2
+    assert f"run_dir={run}: another process has trained there meanwhile; start again" in capsys.readouterr().err
+    assert [row["step"] for row in metrics(run) if "train/loss" in row] == [1, 2]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000002"]
+
+
 def test_a_disk_that_takes_no_word_of_who_holds_it_is_no_obstacle(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")

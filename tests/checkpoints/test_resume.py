@@ -328,6 +328,44 @@ def test_a_path_is_taken_or_refused_with_the_reason(run, tmp_path, monkeypatch):
         to_resume(str(tmp_path / "renamed"), run)
 
 
+def test_a_line_that_is_started_again_goes_on_from_what_descends_from_the_one_it_names(run, tmp_path):
+    old, new = (run / "checkpoints" / name for name in (OLD, NEW))
+    assert to_resume(str(old), run) == old / "state.ckpt", "another line goes back"
+    assert to_resume(str(old), run, again=True) == new / "state.ckpt"
+    shutil.rmtree(old)
+    assert to_resume(str(old), run, again=True) == new / "state.ckpt"
+    with pytest.raises(UserError, match=f"{OLD}: no such checkpoint"):
+        to_resume(str(old), run)
+    (run / resume.ORIGIN).write_text(str(tmp_path / "gone" / "checkpoints" / OLD))
+    assert to_resume(str(tmp_path / "gone" / "checkpoints" / OLD), run) == new / "state.ckpt"
+    with pytest.raises(UserError, match="no such checkpoint"):
+        to_resume(str(tmp_path / "gone" / "checkpoints" / NEW), run)
+    later = run / "checkpoints" / "step-00000099"
+    with pytest.raises(UserError, match="no such checkpoint"):  # nothing here descends from it
+        to_resume(str(later), run, again=True)
+
+
+@pytest.mark.parametrize("name", ["state.ckpt", "manifest.json"])
+def test_what_may_not_be_read_is_not_taken_for_broken(name, run, monkeypatch):
+    """The superuser may read all: what its system would answer another is put in its place."""
+    closed, read_bytes, open_file = run / "checkpoints" / NEW / name, Path.read_bytes, Path.open
+
+    def refuse(how):
+        def read(path, *args, **options):
+            if path == closed:
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return how(path, *args, **options)
+
+        return read
+
+    monkeypatch.setattr(Path, "read_bytes", refuse(read_bytes))
+    monkeypatch.setattr(Path, "open", refuse(open_file))
+    for given in ("auto", "never", str(closed.parent)):
+        with pytest.raises(UserError, match=f"{closed} may not be read; give this account the right to"):
+            to_resume(given, run)
+    assert closed.exists()
+
+
 def test_a_newer_checkpoint_behind_a_symlink_is_told_and_not_passed_over(run, tmp_path):
     folder = run / "checkpoints" / NEW
     folder.rename(tmp_path / "moved")

@@ -40,6 +40,19 @@ def test_a_rollback_with_other_settings_is_on_record(tmp_path, cache):
     assert {path.name for path in (run / "checkpoints").iterdir()} >= {"undone-step-00000006"}
 
 
+def test_a_line_that_goes_back_goes_on_when_it_is_started_again_as_it_was(tmp_path, cache):
+    """As a requeued job is. By then retention has deleted the checkpoint that it names."""
+    run = tmp_path / "run"
+    words = traced(run, *WORDS, "checkpoint.keep_last=null")
+    back = [*traced(run, *WORDS, "checkpoint.keep_last=1"), f"resume={run / 'checkpoints' / 'step-00000004'}"]
+    failed = fault("at=step.end;do=raise;step=7")
+    run_ranks([words, [*back, *failed], [*back, *failed], back], cache, world=1, code=[0, 1, 1, 0])
+    assert [row["start"] for row in read(run) if "start" in row] == [0, 4, 6, 6]
+    assert sorted(path.name for path in (run / "checkpoints").glob("step-*")) == ["step-00000009"]
+    (output,) = run_ranks([[*back, "seed=7"]], cache, world=1, code=2)  # another line: it would go back once more
+    assert "step-00000004: no such checkpoint; give an existing one" in output
+
+
 def rows_of(*rows):
     return "".join(json.dumps(row) + "\n" for row in rows)
 
@@ -112,10 +125,10 @@ def test_a_later_rank_does_not_count_the_start_that_the_first_has_announced(tmp_
 
 def test_a_job_that_is_ended_while_it_loads_is_on_record(tmp_path, cache, monkeypatch):
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    announce(tmp_path / "absent", 0)
+    announce(tmp_path / "absent", 0, "a")
     assert read(tmp_path / "absent") == []
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    announce(tmp_path / "job", 0)
+    announce(tmp_path / "job", 0, "a")
     assert [row["begun"] for row in read(tmp_path / "job")] == [0]
 
 
