@@ -252,6 +252,23 @@ def test_a_report_that_cannot_be_written_is_told(name: str, folder: Path, main: 
     assert str(place) in line and "; free space, or copy the run to a folder that may be written" in line
 
 
+@pytest.mark.parametrize(
+    ("adapter", "config"),
+    [("{", "  precision: bf16-true"), ("{}", "  precision: bf16-true"), ('{"base_model_name_or_path": "a"}', "train"),
+     ('{"base_model_name_or_path": "a"}', None)],
+    ids=["cut adapter", "adapter without base", "cut config", "no config"],
+)  # fmt: skip
+def test_a_merge_that_cannot_know_base_or_dtype_is_refused(
+    adapter: str, config: str | None, folder: Path, main: Main
+) -> None:
+    (folder / "old" / "adapter").mkdir()
+    (folder / "old" / "adapter" / "adapter_config.json").write_text(adapter)
+    if config is not None:
+        (folder / "old" / "config.yaml").write_text(config)
+    stderr = main("export", f"run_dir={folder}/old", "export.merge=true")
+    assert_told(stderr, [f"run_dir={folder}/old: adapter_config.json or config.yaml is not whole ("], folder)
+
+
 @pytest.mark.parametrize("verb", ["report", "compare"])
 @pytest.mark.parametrize(
     ("line", "why"),

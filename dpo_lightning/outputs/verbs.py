@@ -69,9 +69,12 @@ def export(cfg: Mapping[str, Any]) -> int:
     from dpo_lightning.outputs.card import merged_card
     from dpo_lightning.outputs.export import export as write
 
-    base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
-    # In the dtype in which the run had its base, as a merge at the run's end is.
-    half = re.search(r"^  precision: bf16", (folder / "config.yaml").read_text(encoding="utf-8"), re.M)
+    try:
+        base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+        precision = re.findall(r"^  precision: (\S+)", (folder / "config.yaml").read_text(encoding="utf-8"), re.M)[0]
+    except (OSError, ValueError, LookupError) as error:
+        raise UserError(f"run_dir={folder}: adapter_config.json or config.yaml is not whole ({error!r})") from error
+    half = precision.startswith("bf16")  # the dtype in which the run had its base, as a merge at the run's end is
     try:
         policy = AutoPeftModelForCausalLM.from_pretrained(str(adapter), dtype=torch.bfloat16 if half else torch.float32)
         text = (adapter / "README.md").read_text(encoding="utf-8")
