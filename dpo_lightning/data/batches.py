@@ -161,18 +161,27 @@ def limited(batches: int, limit: float) -> int:
     return min(limit, batches) if isinstance(limit, int) else int(batches * limit)
 
 
-class ValidationOrder(Sampler[MicroBatch]):
-    """One rank's share of the validation pairs, neighbours of like length: each pair counts once.
+def of_like_length(lengths: np.ndarray, batch_size: int) -> list[tuple[int, ...]]:
+    """Return all rows in batches of neighbours in length, from the shortest to the longest.
 
-    Every rank has the same number of batches; one that is left over repeats the first and does not count.
+    >>> of_like_length(np.array([5, 1, 5, 3, 2]), 2)
+    [(1, 4), (3, 0), (2,)]
+    """
+    order = np.argsort(lengths, kind="stable")
+    return [tuple(order[at : at + batch_size].tolist()) for at in range(0, len(order), batch_size)]
+
+
+class ValidationOrder(Sampler[MicroBatch]):
+    """One rank's share of the validation pairs, batches of like length in a random order: each pair counts once.
+
+    The order is the same in every epoch and run and for any number of ranks, and random so that a limit on the
+    batches takes a fair sample of the lengths. Every rank has the same number of batches; one that is left over
+    repeats the first and does not count.
     """
 
     def __init__(self, lengths: np.ndarray, batch_size: int, rank: int = 0, world: int = 1):
-        order = np.argsort(lengths, kind="stable")
-        batches = [
-            MicroBatch(tuple(order[a : a + batch_size].tolist()), len(lengths))
-            for a in range(0, len(order), batch_size)
-        ]
+        alike = of_like_length(lengths, batch_size)
+        batches = [MicroBatch(alike[at], len(lengths)) for at in np.random.default_rng(0).permutation(len(alike))]
         batches += [batches[0]._replace(counted=False)] * (-len(batches) % world if batches else 0)
         self.batches = batches[rank::world]
 

@@ -17,7 +17,7 @@ import transformers
 from dpo_lightning.cluster import points
 from dpo_lightning.cluster.exits import WrongNumbers
 from dpo_lightning.cluster.interrupt import Interrupt
-from dpo_lightning.data.batches import MicroBatch, PairTable, ValidationOrder
+from dpo_lightning.data.batches import MicroBatch, PairTable, of_like_length
 from dpo_lightning.data.reference_store import ReferenceStore
 from dpo_lightning.model.attention import kernel_for
 from dpo_lightning.model.logps import base_of
@@ -100,8 +100,8 @@ class ReferenceCache(pl.Callback):
         rows = ahead[np.isnan(known_N2[ahead, 0])]
         batches: list[MicroBatch] = []
         if len(rows):
-            order = ValidationOrder(data.lengths(pairs.table.select(rows)).sum(1), data.batch_size)
-            batches = [MicroBatch(tuple(rows[list(micro.rows)].tolist()), 1) for micro in order]
+            alike = of_like_length(data.lengths(pairs.table.select(rows)).sum(1), data.batch_size)
+            batches = [MicroBatch(tuple(rows[list(at)].tolist()), 1) for at in alike]
         return Work(pairs, keys_N, known_N2, batches[::-1], len(ahead))
 
     @torch.no_grad()

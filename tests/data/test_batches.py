@@ -215,15 +215,27 @@ def test_validation_takes_each_pair_once_neighbours_of_like_length() -> None:
         assert {micro.step_pairs for rank in ranks for micro in rank} == {len(lengths)}
         assert len({len(rank) for rank in ranks}) == 1, "sharded ranks run in lock-step"
         dealt = [micro for turn in zip(*ranks, strict=True) for micro in turn]
-        found = [int(lengths[row]) for row in rows(dealt)]
-        assert found == sorted(lengths.tolist())
+        alike = sorted(sorted(int(lengths[row]) for row in micro.rows) for micro in dealt if micro.counted)
+        assert [length for batch in alike for length in batch] == sorted(lengths.tolist())
         counted = [micro.counted for micro in dealt]
         assert counted == sorted(counted, reverse=True)
         assert counted.count(False) < world
 
 
+def test_validation_cut_short_is_a_fair_sample() -> None:
+    """The first batches are no shorter than the rest, and the same for one rank as for several."""
+    lengths = np.random.default_rng(4).lognormal(5, 0.8, 1000).astype(int)
+    whole = list(ValidationOrder(lengths, 4))
+    some = [int(lengths[row]) for micro in whole[:50] for row in micro.rows]
+    assert np.mean(some) == pytest.approx(lengths.mean(), rel=0.15)
+    assert min(some) < np.quantile(lengths, 0.1) and max(some) > np.quantile(lengths, 0.9)
+    assert list(ValidationOrder(lengths, 4)) == whole
+    ranks = [list(ValidationOrder(lengths, 4, rank, 2)) for rank in range(2)]
+    assert [micro for turn in zip(*ranks, strict=True) for micro in turn] == whole
+
+
 def test_validation_literally() -> None:
     lengths = np.array([5, 1, 5, 3, 2])
-    assert list(ValidationOrder(lengths, 2)) == [MicroBatch((1, 4), 5), MicroBatch((3, 0), 5), MicroBatch((2,), 5)]
-    assert list(ValidationOrder(lengths, 2, rank=1, world=2)) == [MicroBatch((3, 0), 5), MicroBatch((1, 4), 5, False)]
+    assert list(ValidationOrder(lengths, 2)) == [MicroBatch((2,), 5), MicroBatch((1, 4), 5), MicroBatch((3, 0), 5)]
+    assert list(ValidationOrder(lengths, 2, rank=1, world=2)) == [MicroBatch((1, 4), 5), MicroBatch((2,), 5, False)]
     assert list(ValidationOrder(lengths, 8, rank=1, world=2)) == [MicroBatch((1, 4, 3, 0, 2), 5, False)]
