@@ -160,7 +160,9 @@ def _tokenized(job: _Job) -> Iterator[dict[str, Any]]:
     census = Census()
     usable = itertools.islice(_usable(job.source, census), job.max_pairs)
     while batch := list(itertools.islice(usable, TOKENIZER_BATCH)):
-        for pair, tokens in zip(batch, tokenize_pairs(batch, job.tokenizer, job.max_length, job.template), strict=True):
+        places, pairs = zip(*batch, strict=True)
+        tokenized = tokenize_pairs(pairs, job.tokenizer, job.max_length, job.template, places)
+        for pair, tokens in zip(pairs, tokenized, strict=True):
             if tokens is None:
                 census.skip("equal as tokens")
                 continue
@@ -181,11 +183,11 @@ def _tokenized(job: _Job) -> Iterator[dict[str, Any]]:
     scratch.replace(job.census_file)
 
 
-def _usable(source: Source, census: Census) -> Iterator[Pair]:
-    for _, row in source.rows():
+def _usable(source: Source, census: Census) -> Iterator[tuple[str, Pair]]:
+    for place, row in source.rows():
         census.rows += 1
         try:
-            yield to_pair(row)
+            yield place, to_pair(row)
         except Unusable as reason:
             census.skip(str(reason))
 

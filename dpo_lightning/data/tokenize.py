@@ -22,20 +22,27 @@ class Tokens(NamedTuple):
 
 
 def tokenize_pairs(
-    pairs: Sequence[Pair], tokenizer: Any, max_length: int, template: str = "auto"
+    pairs: Sequence[Pair], tokenizer: Any, max_length: int, template: str = "auto", places: Sequence[str] | None = None
 ) -> list[Tokens | None]:
     """Tokenise pairs in one batch; None stands for a pair whose sides are equal once they are cut.
 
     Messages, and text where `template` says so, go through the tokenizer's chat template; other text is taken
     as it is, with the tokenizer's own BOS before it and one EOS behind. The prompt is the longest run of tokens
     that prompt + chosen, prompt + rejected and the prompt alone have in common.
+
+    Raises UserError for a pair that cannot be written out, named by its place where places are given.
     """
     chat = use_chat(tokenizer, template)
     if tokenizer.eos_token_id is None:
         raise UserError(
             "the tokenizer has no EOS token, so that no end can be learnt: give model.tokenizer= one that has"
         )
-    rendered = [_render(pair, tokenizer, chat) for pair in pairs]
+    rendered = []
+    for at, pair in enumerate(pairs):
+        try:
+            rendered.append(_render(pair, tokenizer, chat))
+        except UserError as error:
+            raise UserError(f"{places[at]}: {error}" if places else str(error)) from None
     plain = [isinstance(pair.prompt, str) and not chat for pair in pairs]
     prompts, chosen, rejected = (_encode(texts, plain, tokenizer) for texts in zip(*rendered, strict=True))
     closing = _closing_ids(tokenizer)

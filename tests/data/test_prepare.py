@@ -243,6 +243,9 @@ def test_the_users_mistakes_come_through_the_table_maker_as_they_are(tmp_path: P
         made(source(tmp_path, ROWS), tokenizer, template="chat")
     with pytest.raises(UserError, match=r"give model.tokenizer="):
         made(source(tmp_path, [talk]), tokenizer)
+    tokenizer.chat_template = "{% if '3' in messages[0]['content'] %}{{ raise_exception('no threes') }}{% endif %}Q"
+    with pytest.raises(UserError, match=r"^rows\.jsonl line 4: the chat template refuses .*\(no threes\); remove such"):
+        made(source(tmp_path, ROWS), tokenizer, template="chat")
     alike = [{**row, "chosen": "so far alike, yes", "rejected": "so far alike, no"} for row in ROWS]
     with pytest.raises(UserError) as raised:
         made(source(tmp_path, alike), tokenizer, 14)
