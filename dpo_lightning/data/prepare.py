@@ -220,15 +220,22 @@ def tokenizer_digest(tokenizer: Any) -> str:
 def split(prompt_keys: np.ndarray, val_fraction: float) -> tuple[np.ndarray, np.ndarray]:
     """Return the row numbers for training and for validation, in order; no prompt is in both.
 
-    Prompts are ranked by their hash, so that the same prompts are held out whatever the file's order.
+    Prompts are taken in the order of their hashes, so that the same ones are held out whatever the file's order, and
+    each with all its rows: one with more rows than are still wanted stays in training. Where every prompt has more,
+    one of the fewest rows is held out.
     """
     prompts, first = np.unique(prompt_keys, return_inverse=True)
     if len(prompts) < 2:
         raise UserError("one prompt alone cannot be split for validation; add rows or give data.val_path=FILE")
-    wanted = max(1, round(len(prompt_keys) * val_fraction))
-    rows_below = np.cumsum(np.bincount(first))
-    held_out = min(int(np.searchsorted(rows_below, wanted)) + 1, len(prompts) - 1)
-    in_val = first < held_out
+    rows_of = np.bincount(first)
+    left = min(max(1, round(len(prompt_keys) * val_fraction)), len(prompt_keys) - 1)
+    held_out = np.zeros(len(prompts), bool)
+    held_out[rows_of.argmin()] = rows_of.min() > left
+    for prompt, rows in enumerate(rows_of.tolist()):
+        if rows <= left:
+            held_out[prompt] = True
+            left -= rows
+    in_val = held_out[first]
     return np.flatnonzero(~in_val), np.flatnonzero(in_val)
 
 

@@ -8,6 +8,7 @@ import random
 import re
 import resource
 import signal
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -304,11 +305,13 @@ def both(keys: list[int], share: float) -> tuple[list[int], list[int]]:
 
 
 def test_split_literally() -> None:
-    assert both([5, -3, 9, -3], 0.25) == ([0, 2], [1, 3])
+    assert both([5, -3, 9, -3], 0.25) == ([1, 2, 3], [0])
     assert both([5, -3, 9, -3], 0.5) == ([0, 2], [1, 3])
     assert both([5, -3, 9, -3], 0.75) == ([2], [0, 1, 3])
     assert both([5, -3, 9, -3], 0.99) == ([2], [0, 1, 3]), "one prompt is left for training"
     assert both([7, 8], 0.001) == ([1], [0]), "one prompt is held out"
+    assert both([-3] * 60 + [*range(40)], 0.15) == ([*range(60), *range(75, 100)], [*range(60, 75)])
+    assert both([-3] * 4 + [1, 1, 2, 2], 0.1) == ([0, 1, 2, 3, 6, 7], [4, 5]), "every prompt has more than is wanted"
 
 
 def test_split_holds_out_whole_prompts_the_exact_share_and_the_same_ones_in_any_order() -> None:
@@ -323,11 +326,12 @@ def test_split_holds_out_whole_prompts_the_exact_share_and_the_same_ones_in_any_
         assert (train, val) == (sorted(train), sorted(val))
         held, kept = {keys[row] for row in val}, {keys[row] for row in train}
         assert held and kept and not held & kept
-        wanted = max(1, round(len(keys) * share))
+        wanted = min(max(1, round(len(keys) * share)), len(keys) - 1)
         if once:
-            assert len(val) == min(wanted, len(keys) - 1)
-        elif len(kept) > 1:
-            assert wanted <= len(val) < wanted + max(keys.count(key) for key in held)
+            assert len(val) == wanted
+        rows_of = Counter(keys)
+        assert len(val) <= wanted or [rows_of[key] for key in held] == [min(rows_of.values())]
+        assert all(rows_of[key] > wanted - len(val) for key in kept), "no other one fits"
         mixed = dice.sample(keys, len(keys))
         assert {mixed[row] for row in both(mixed, share)[1]} == held
 
