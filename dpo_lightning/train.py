@@ -32,7 +32,7 @@ from dpo_lightning.cluster.exits import STORAGE, RankLost, StorageError, TooLarg
 from dpo_lightning.cluster.interrupt import Interrupt
 from dpo_lightning.cluster.watchdog import TALK, Watchdog
 from dpo_lightning.data.datamodule import PreferenceData
-from dpo_lightning.data.prepare import cache_dir, most_common
+from dpo_lightning.data.prepare import cache_dir, left_out
 from dpo_lightning.finish import finish
 from dpo_lightning.model.source import ModelSource
 from dpo_lightning.resolve import check_resume, fingerprint, passes, plain, resolve, step_pairs
@@ -258,21 +258,22 @@ def facts(
     cfg: DictConfig, source: ModelSource, data: PreferenceData, run_dir: Path, resume: Path | None, strategy: str
 ) -> Mapping[str, str]:  # fmt: skip
     """Return what the summary tells before the model is built."""
-    lengths = data.lengths(data.train)
-    mean, census = lengths.mean(0), data.census
-    assert census is not None
-    left_out = sum(census.skipped.values())
-    skipped = f"; {left_out} of {census.rows} rows left out: {most_common(census)}" if left_out else ""
+    assert data.census is not None
+    skipped = left_out(data.census)
     if seen := data.shared_prompts():
         skipped += f"; {seen} validation pairs have a prompt that is trained on"
     text = "chat template" if data.is_chat() else "plain text"
     lora = f"LoRA r {cfg.lora.r} on {cfg.lora.target_modules}" if "r" in cfg.lora else "full fine-tuning"
     effective = cfg.data.batch_size * cfg.trainer.accumulate_grad_batches
+    validation = {}
+    if data.val_source is not None and data.val_census is not None:
+        validation["validation"] = f"{data.val_source.name}: {len(data.val)} pairs{left_out(data.val_census)}"
+        validation["its lengths"] = data.told_lengths(data.val, data.val_census)
     return {
         "model": f"{source.base}, {lora}" + (", untrained random weights" if source.init == "random" else ""),
         "data": f"{data.source.name}: {len(data.train)} training pairs, {len(data.val)} held out, {text}{skipped}",
-        "lengths": f"prompt {mean[0]:.0f}, chosen {mean[1]:.0f}, rejected {mean[2]:.0f} tokens on average; longest "
-        f"sequence {data.longest(data.train)}, {census.truncated} pairs cut to data.max_length={cfg.data.max_length}",
+        "lengths": data.told_lengths(data.train, data.census),
+        **validation,
         "loss": f"{cfg.loss._target_.rsplit('.', 1)[-1]}, {options_of(cfg.loss)}",
         "optimizer": f"AdamW, lr {cfg.optim.lr:g}, {cfg.optim.schedule}; {effective} pairs a step and device",
         "strategy": strategy,

@@ -227,6 +227,20 @@ def test_validation_prompts_that_are_trained_on_are_counted(cli, tmp_path, capsy
     assert "180 validation pairs have a prompt that is trained on" in out
 
 
+def test_a_validation_file_is_taken_whole_and_counted(cli, tmp_path, capsys):
+    row = {"prompt": "Why?", "chosen": "So.", "rejected": "No."}
+    rows = [*({**row, "prompt": f"Why {n}?", "chosen": "So. " * 10 * n} for n in (1, 2, 3)), {**row, "chosen": " "}]
+    file = tmp_path / "val.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    words = ["data.max_pairs=2", "data.max_length=100", f"data.val_path={file}"]
+    assert cli("check", "model=tiny", *words) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "2 training pairs, 3 held out" in out
+    assert "val.jsonl: 3 pairs; 1 of 4 rows left out: 1 empty completion" in out
+    assert out.count("tokens on average; longest sequence 100, ") == 2
+    assert "longest sequence 100, 2 pairs cut to data.max_length=100" in out
+
+
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
 def test_every_accepted_precision_trains(precision, cli, metrics, tmp_path):
     words = [word for word in TINY if not word.startswith("trainer.precision")]

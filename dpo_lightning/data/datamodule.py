@@ -23,7 +23,8 @@ class PreferenceData(pl.LightningDataModule):
     Args:
         path, val_path: files, or shipped:NAME. name, subset, split, val_split: a data set on the hub.
         val_fraction: share of the pairs held out when neither val_path nor val_split is given.
-        max_pairs: stop after so many usable pairs; None for all.
+        max_pairs: of path or name's split, stop after so many usable pairs; None for all. Validation data that are
+            given apart are taken whole.
         max_length: tokens of prompt and one completion together.
         template: auto, chat or plain; see `tokenize_pairs`.
         layout: auto, shared or padded; how the model is to lay out the batches, see `choose_layout`.
@@ -51,6 +52,7 @@ class PreferenceData(pl.LightningDataModule):
         self.pairs: dict[str, PairTable] = {}
         self._dealt: TrainingOrder | None = None
         self.census: Census | None = None
+        self.val_census: Census | None = None  # of validation data that are given apart
 
     def prepare_data(self) -> None:
         """Read, judge and tokenise all rows; idempotent. Raises UserError for what the user can mend."""
@@ -60,17 +62,18 @@ class PreferenceData(pl.LightningDataModule):
             if source is not None:
                 validate(source)
         self.tokenizer = self.load_tokenizer()
-        table, self.census = self._table(self.source)
+        table, self.census = self._table(self.source, self.max_pairs)
         if self.val_source is not None:
-            self.train, self.val = table, self._table(self.val_source)[0]
+            self.train = table
+            self.val, self.val_census = self._table(self.val_source, None)
         else:
             train, val = split(_prompts(table), self.val_fraction)
             self.train, self.val = table.select(train), table.select(val)
         self.pairs = {"train": PairTable(self.train), "val": PairTable(self.val)}
         self.tokens_N = self.lengths(self.train).sum(1)
 
-    def _table(self, source: Source) -> tuple[Any, Census]:
-        return prepare(source, self.tokenizer, self.max_length, self.template, self.max_pairs)
+    def _table(self, source: Source, max_pairs: int | None) -> tuple[Any, Census]:
+        return prepare(source, self.tokenizer, self.max_length, self.template, max_pairs)
 
     def setup(self, stage: str) -> None:
         """Memory-map what `prepare_data` made."""
@@ -112,6 +115,14 @@ class PreferenceData(pl.LightningDataModule):
     def lengths(self, table: Any) -> np.ndarray:
         """Return the tokens of prompt, chosen and rejected of each pair, shape (pairs, 3)."""
         return np.concatenate([part.flatten().to_numpy() for part in _parts(table, "lengths")]).reshape(-1, 3)
+
+    def told_lengths(self, table: Any, census: Census) -> str:
+        """Return a table's lengths in words."""
+        prompt, chosen, rejected = self.lengths(table).mean(0)
+        return (
+            f"prompt {prompt:.0f}, chosen {chosen:.0f}, rejected {rejected:.0f} tokens on average; longest sequence "
+            f"{self.longest(table)}, {census.truncated} pairs cut to data.max_length={self.max_length}"
+        )
 
     def longest(self, *tables: Any) -> int:
         """Return the tokens of the longest prompt with a completion, of all pairs where no tables are given."""

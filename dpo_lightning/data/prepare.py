@@ -242,3 +242,9 @@ def split(prompt_keys: np.ndarray, val_fraction: float) -> tuple[np.ndarray, np.
 def most_common(census: Census) -> str:
     """Return the reasons for skipped rows, most frequent first, as text."""
     return ", ".join(f"{n} {reason}" for reason, n in Counter(census.skipped).most_common())
+
+
+def left_out(census: Census) -> str:
+    """Return how many rows were left out and why, to be told behind a name; nothing where all were used."""
+    count = sum(census.skipped.values())
+    return f"; {count} of {census.rows} rows left out: {most_common(census)}" if count else ""
