@@ -48,7 +48,7 @@ def run(verb: str, cfg: DictConfig) -> tuple[int, float | None]:
             from dpo_lightning.outputs import verbs
 
         return getattr(verbs, verb)(cfg), None
-    check(cfg)
+    check(cfg, hydra_config.overrides.task)
     judge_rows(cfg)
     multirun = hydra_config.mode is not None and hydra_config.mode.name == "MULTIRUN"
     if verb == "submit":

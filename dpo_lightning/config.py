@@ -10,14 +10,14 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dpo_lightning.contradictions import contradictions
+from dpo_lightning.contradictions import contradictions, without_effect
 from dpo_lightning.keys import TRAINER_KEYS, targets_of, untrusted, wrong_keys
 from dpo_lightning.types import UserError
 
@@ -166,10 +166,10 @@ CHECKS: dict[str, Check] = {
 }
 
 
-def check(cfg: DictConfig) -> None:
-    """Raise one UserError with every problem of a composed configuration, a line each."""
+def check(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
+    """Raise one UserError with every problem of a composed configuration and of what it was given, a line each."""
     check_values(cfg)
-    if problems := list(contradictions(cfg)):
+    if problems := [*contradictions(cfg), *without_effect(cfg, overrides)]:
         raise UserError("\n".join(problems))
 
 

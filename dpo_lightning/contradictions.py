@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -44,6 +44,31 @@ def _data_contradictions(cfg: DictConfig) -> Iterator[str]:
             yield "data.path is not set: give data.path=FILE, or data.name=HUB_ID"
         if cfg.data.path is not None and cfg.data.name is not None:
             yield f"data.path={cfg.data.path} and data.name={cfg.data.name}: give one of them; the other is null"
+
+
+def without_effect(cfg: DictConfig, overrides: Sequence[str]) -> Iterator[str]:
+    """Yield a line for each override whose key nothing reads, as another one stands; what YAML files say is no matter.
+
+    >>> cfg = OmegaConf.create({"model": {"init": "pretrained"}, "data": {"path": "a.jsonl", "subset": "x"}})
+    >>> list(without_effect(cfg, ["data.subset=x", "+data.split=null"]))
+    ['data.subset=x has no effect with data.path=a.jsonl: leave it out']
+    """
+    path, val_path, val_split = (OmegaConf.select(cfg, f"data.{key}") for key in ("path", "val_path", "val_split"))
+    why: dict[str, str] = {}
+    if val_split is not None:
+        why["data.val_fraction"] = f"with data.val_split={val_split}: give data.val_split=null, too, or leave it out"
+    if val_path is not None:
+        why |= dict.fromkeys(("data.val_fraction", "data.val_split"), f"with data.val_path={val_path}: leave it out")
+    if path is not None:
+        why |= dict.fromkeys(("data.subset", "data.split", "data.val_split"), f"with data.path={path}: leave it out")
+    if OmegaConf.select(cfg, "model.init") == "pretrained":
+        unread = "on pretrained weights: give model.init=random, too, or leave it out"
+        why |= {"model.architecture": unread, "model.dimensions": unread}
+    for override in overrides:
+        key = override.lstrip("+").partition("=")[0]
+        known = next((known for known in why if f"{key}.".startswith(f"{known}.")), None)
+        if known and OmegaConf.select(cfg, key) not in (None, {}):
+            yield f"{override} has no effect {why[known]}"
 
 
 def _closed_folder(cfg: DictConfig) -> Iterator[str]:

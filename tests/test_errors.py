@@ -105,6 +105,29 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "broken JSON": (["data=jsonl", "data.path=TMP/broken.jsonl"], ["broken.jsonl line 3: not JSON", "mend or remove"]),
     "path and name": (["data.name=a/b"], ["data.path=shipped:explainer and data.name=a/b", "give one of them"]),
+    "size of pretrained weights": (
+        ["model=gemma2b", "model.dimensions.hidden_size=64", "+model.dimensions={layer_norm_eps: 1}"],
+        [
+            "model.dimensions.hidden_size=64 has no effect on pretrained weights: give model.init=random",
+            "layer_norm_eps",
+        ],
+    ),
+    "hub's keys with a file": (
+        ["data.subset=x", "data.split=train", "data.val_split=test"],
+        [
+            "data.subset=x has no effect with data.path=shipped:explainer: leave",
+            "data.split=train",
+            "data.val_split=test",
+        ],
+    ),
+    "share beside a validation file": (
+        ["data.val_path=TMP/good.jsonl", "data.val_fraction=0.3"],
+        ["data.val_fraction=0.3 has no effect with data.val_path=TMP/good.jsonl: leave it out"],
+    ),
+    "share beside a validation split": (
+        ["data=hh_rlhf", "data.val_fraction=0.3"],
+        ["data.val_fraction=0.3 has no effect with data.val_split=test: give data.val_split=null, too, or leave"],
+    ),
     "checkpoint absent": (["resume=TMP/no"], ["resume=TMP/no: no such checkpoint", "auto or never"]),
     "not a checkpoint": (["resume=TMP/own"], ["resume=TMP/own: not a whole checkpoint", "give a folder like"]),
     "run folder taken": (["run_dir=TMP/old"], ["run_dir=TMP/old: holds a run", "choose another folder"]),
@@ -412,7 +435,7 @@ def test_help_and_version(cli, capsys) -> None:
 
 
 def test_ctrl_c_before_the_training_is_no_traceback(cli, capsys, monkeypatch) -> None:
-    def interrupted(cfg: object) -> None:
+    def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("dpo_lightning.__main__.check", interrupted)
