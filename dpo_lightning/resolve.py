@@ -101,7 +101,11 @@ def check_resume(cfg: DictConfig, data: PreferenceData, resume: Path | None) -> 
     compare_config(json.loads((resume.parent / CONFIG).read_text()), plain(cfg), cfg.resume_allow)
     manifest = json.loads((resume.parent / MANIFEST).read_text())
     if manifest.get("data") != fingerprint(data) and "data" not in cfg.resume_allow:
-        raise UserError(f"resume: {resume.parent} was trained on other pairs than {data.source.name} gives now")
+        allow = ",".join([*cfg.resume_allow, "data"])
+        raise UserError(
+            f"resume: {resume.parent} was trained on other pairs than {data.source.name} gives now; "
+            f"give the old ones, or resume_allow=[{allow}] to go on with these on purpose"
+        )
     now = step_pairs(cfg)
     if manifest.get("step_pairs") != now:
         raise UserError(

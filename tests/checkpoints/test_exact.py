@@ -170,7 +170,8 @@ def test_another_configuration_or_other_pairs_are_refused(runs, tmp_path, cache)
         "loss.beta: 0.1 in the checkpoint, 0.2 now": ["loss.beta=0.2"],
         "data.batch_size: a step would have 4 pairs, in the checkpoint it has 8": ["data.batch_size=2"],
         "data.max_pairs: 40 in the checkpoint, 30 now": ["data.max_pairs=30"],
-        "was trained on other pairs": ["data.max_pairs=30", "resume_allow=[data.max_pairs]"],
+        "was trained on other pairs than shipped:explainer gives now; give the old ones, or "
+        "resume_allow=[data.max_pairs,data] ": ["data.max_pairs=30", "resume_allow=[data.max_pairs]"],
     }
     runs_refused = []
     for changed in cases.values():
@@ -185,6 +186,15 @@ def test_another_configuration_or_other_pairs_are_refused(runs, tmp_path, cache)
     path = runs / "lora" / "checkpoints" / "step-00000004"
     (output,) = run_ranks([traced(other, *WORDS, *LORA, f"resume={path}")], cache, world=1, code=2)
     assert "holds a run that was not begun from" in output
+
+
+def test_other_pairs_are_trained_on_where_the_whole_group_is_allowed(runs, tmp_path, cache):
+    """As the refusals say."""
+    run = tmp_path / "run"
+    shutil.copytree(runs / "lora" / "checkpoints" / "step-00000004", run / "checkpoints" / "step-00000004")
+    kept = [word for word in traced(run, *WORDS, *LORA) if not word.startswith("data.max_pairs")]
+    run_ranks([[*kept, "data.max_pairs=30", "resume_allow=[data]"]], cache, world=1)
+    assert next(iter(trace(run))) == 5
 
 
 def test_what_is_allowed_to_change_takes_effect(runs, tmp_path, cache):
