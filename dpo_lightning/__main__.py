@@ -29,6 +29,7 @@ from dpo_lightning.cli import guard
 from dpo_lightning.cli.errors import explain, fail
 from dpo_lightning.cli.hub import prefer_cache
 from dpo_lightning.cli.process import importing, prepare
+from dpo_lightning.cli.secrets import without_passwords
 from dpo_lightning.cluster.exits import DONE, INTERRUPTED, USER_ERROR, WRONG_NUMBERS
 from dpo_lightning.config import CONF, check, check_values, run_dir_of
 from dpo_lightning.keys import nearest
@@ -143,7 +144,7 @@ def attempt(verb: str, cfg: DictConfig, codes: list[int]) -> float | None:
     except (HydraException, OmegaConfBaseException) as error:
         fail(explain(error))
     except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {without_passwords(str(error))}", file=sys.stderr)
         code = error.exit_code
     codes.append(code)
     if code not in (DONE, WRONG_NUMBERS):

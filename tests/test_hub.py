@@ -16,6 +16,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from dpo_lightning.cli import hub
+from dpo_lightning.cli.errors import fail
 from tests.conftest import ROOT
 
 MODEL, DATA, COMMIT = "somebody/small", "somebody/pairs", "0" * 40
@@ -79,6 +80,18 @@ def test_a_server_that_answers_is_reached(code, answers, monkeypatch):
         thread.start()
         assert (hub.unreachable(f"http://127.0.0.1:{server.server_port}") is None) == answers
         thread.join()
+
+
+def test_a_password_in_the_hubs_address_is_not_repeated(monkeypatch, capsys):
+    monkeypatch.setenv("HF_ENDPOINT", "http://me:kept-from-print@127.0.0.1:9")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    hub.prefer_cache(config())
+    out = capsys.readouterr().out
+    assert "http://127.0.0.1:9 cannot be reached (<urlopen error [Errno 111] Connection refused>)" in out
+    assert "kept-from-print" not in out
+    with pytest.raises(SystemExit):
+        fail("no http://me:kept-from-print@127.0.0.1:9/api\nand no https://me:kept-from-print@b/c@d")
+    assert capsys.readouterr().err == "error: no http://127.0.0.1:9/api\nerror: and no https://b/c@d\n"
 
 
 def test_one_that_hangs_or_has_no_name_costs_seconds(monkeypatch):

@@ -6,6 +6,7 @@ import re
 import sys
 from typing import NoReturn
 
+from dpo_lightning.cli.secrets import without_passwords
 from dpo_lightning.cluster.exits import USER_ERROR
 from dpo_lightning.config import CONF, keys_of
 from dpo_lightning.keys import nearest
@@ -13,7 +14,7 @@ from dpo_lightning.keys import nearest
 
 def fail(text: str) -> NoReturn:
     """Print a line for each problem and leave with the exit code of a user's mistake."""
-    for line in text.splitlines():
+    for line in without_passwords(text).splitlines():
         print(f"error: {line}", file=sys.stderr)
     sys.exit(USER_ERROR)
 

@@ -11,6 +11,8 @@ from threading import Thread
 
 from omegaconf import DictConfig
 
+from dpo_lightning.cli.secrets import without_passwords
+
 TIMEOUT_S = 5
 SWITCH, ON = "HF_HUB_OFFLINE", ("1", "ON", "YES", "TRUE")  # as huggingface_hub reads it
 
@@ -22,7 +24,7 @@ def prefer_cache(cfg: DictConfig) -> None:
     """
     if not needs_hub(cfg) or os.environ.get(SWITCH, "").upper() in ON:
         return
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    endpoint = without_passwords(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))  # a refusal is an answer
     if (reason := unreachable(endpoint)) is not None:
         print(f"{endpoint} cannot be reached ({reason}): using what lies in the local cache alone")
         os.environ[SWITCH] = "1"

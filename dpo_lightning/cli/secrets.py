@@ -40,6 +40,15 @@ def kind_of(text: str) -> str | None:
     return next((kind for kind, pattern in VALUES.items() if pattern.search(text)), None)
 
 
+def without_passwords(text: str) -> str:
+    """Return a text to be shown without what stands before the host in its addresses.
+
+    >>> without_passwords("https://me:word@mirror:8080/x does not answer")
+    'https://mirror:8080/x does not answer'
+    """
+    return re.sub(r"(?<=://)[^/\s?#]*@", "", text)
+
+
 def in_arguments(arguments: Sequence[str]) -> Iterator[str]:
     """Tell of command line arguments that hold a secret, or set a key that is named like one."""
     for argument in arguments:
