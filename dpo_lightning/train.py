@@ -82,7 +82,8 @@ def train(cfg: DictConfig, run_dir: Path, resume: Path | None, sweep: bool) -> i
     def begin(trainer: pl.Trainer) -> None:
         saver.facts["run"] = begin_run(cfg, run_dir, trainer, resume)
 
-    plan = {"run_dir": str(run_dir), "checkpoint": str(resume), "data": fingerprint(data), **flat(plain(cfg))}
+    own = {"run folder (run_dir= sets it)": str(run_dir), "checkpoint": str(resume), "data": fingerprint(data)}
+    plan = {**flat(plain(cfg)), **own}
     base = Base(source.weights_digest, saver.facts, resume, bool({"model", "model.name"} & {*cfg.resume_allow}))
     trainer = build_trainer(cfg, run_dir, saver, [
         Agreement(plan, begin), base, Summary(facts(cfg, source, data, run_dir, resume, strategy)), watchdog,

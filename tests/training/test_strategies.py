@@ -249,6 +249,10 @@ def test_ranks_with_other_folders_or_checkpoints_are_refused(tmp_path, cache, mo
     words = [*TINY, "trainer.devices=2", "trainer.max_steps=1", "strategy=ddp"]
     for output in run_ranks([[*words, f"run_dir={tmp_path}/run-{{rank}}"]], cache, code=2):
         assert f"error: run_dir: {tmp_path}/run-0 on rank 0, {tmp_path}/run-1 on rank 1" in output
+    dated = [*words, f"env:DPO_LIGHTNING_RUN_DIR={tmp_path}/run-{{rank}}"]
+    for output in run_ranks([dated], cache, code=2):
+        folders = f"{tmp_path}/run-0 on rank 0, {tmp_path}/run-1 on rank 1"
+        assert f"error: run folder (run_dir= sets it): {folders}; start every rank alike" in output
     plans = [json.dumps({"seed": 1, "checkpoint": checkpoint}) for checkpoint in ("step-00000008", "None")]
     monkeypatch.setattr(agreement, "gather_texts", lambda text, device: plans)
     own = agreement.Agreement({}, lambda trainer: pytest.fail("it was begun"))
