@@ -6,10 +6,12 @@ Memory stays flat: rows stream through in batches, and the table is read from di
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import itertools
 import json
 import os
+import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -62,7 +64,7 @@ def writes_cache() -> Iterator[None]:
     except OSError as error:
         first = _refused(error) or error  # `datasets` raises another in its place
         raise UserError(
-            f"the cache {cache_dir()} cannot be written ({' '.join((first.strerror or str(first)).split())}); "
+            f"the cache {cache_dir()} cannot be written ({first.strerror or _line(first)}); "
             "free space or set DPO_LIGHTNING_CACHE to another folder"
         ) from error
 
@@ -75,15 +77,31 @@ def prepare(
     Columns: prompt, chosen, rejected, lists of int32; lengths, their three lengths; key, 16 bytes that change with
     any token; prompt_key, int64; question, text.
 
-    The rows must have passed `validate`. Raises UserError if the template refuses a row, nothing is left of any, or
-    the cache cannot be written.
+    The rows must have passed `validate`. A table that cannot be read is made anew. Raises UserError if the template
+    refuses a row, nothing is left of any, or the cache cannot be written.
     """
+    settings = [VERSION, source.digest(), tokenizer_digest(tokenizer), max_length, template, max_pairs]
+    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
+    folder = cache_dir() / "data"
+    job = _Job(source, tokenizer, max_length, template, max_pairs, folder / f"{key}.json")
+    with writes_cache(), _alone(folder / f"{key}.lock"):
+        try:
+            return _table(job, key)
+        except (OSError, ValueError, TypeError, LookupError) as error:  # of Arrow's, of JSON's
+            damaged = [*folder.glob(f"generator/*{key}")]
+            if isinstance(error, UserError) or _refused(error) or not damaged:
+                raise
+            print(f"warning: {damaged[0]} cannot be read ({_line(error)}): the rows are tokenised again", flush=True)
+            for table in damaged:
+                shutil.rmtree(table)
+            return _table(job, key)
+
+
+def _table(job: _Job, key: str) -> tuple[Any, Census]:
+    """Return what lies under a key, made now if nothing does."""
     from datasets import Dataset, Features, List, Value
     from datasets.exceptions import DatasetGenerationError
 
-    settings = [VERSION, source.digest(), tokenizer_digest(tokenizer), max_length, template, max_pairs]
-    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
-    census_file = cache_dir() / "data" / f"{key}.json"
     ids = List(Value("int32"))
     columns = {
         **dict.fromkeys((*SIDES, "lengths"), ids),
@@ -91,22 +109,33 @@ def prepare(
         "prompt_key": Value("int64"),
         "question": Value("string"),
     }
-    with writes_cache():
-        try:
-            table = Dataset.from_generator(
-                _tokenized,
-                features=Features(columns),
-                cache_dir=str(cache_dir() / "data"),
-                gen_kwargs={"job": _Job(source, tokenizer, max_length, template, max_pairs, census_file)},
-                fingerprint=key,
-            )
-        except DatasetGenerationError as error:
-            if isinstance(error.__cause__, UserError):
-                raise error.__cause__ from None
-            if (refused := _refused(error)) is not None:
-                raise refused from None
-            raise
-    return table, Census(**json.loads(census_file.read_text()))
+    try:
+        table = Dataset.from_generator(
+            _tokenized,
+            features=Features(columns),
+            cache_dir=str(job.census_file.parent),
+            gen_kwargs={"job": job},
+            fingerprint=key,
+        )
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        if (refused := _refused(error)) is not None:
+            raise refused from None
+        raise
+    census = Census(**json.loads(job.census_file.read_text()))
+    if len(table) != census.pairs:
+        raise ValueError(f"{len(table)} of {census.pairs} pairs")
+    return table, census
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """Wait for other processes that are in the same body with the same file."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
 
 
 def validate(source: Source) -> None:
@@ -137,6 +166,10 @@ def validate(source: Source) -> None:
     with writes_cache():
         passed.parent.mkdir(parents=True, exist_ok=True)
         passed.touch()
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())
 
 
 def _refused(error: BaseException | None) -> OSError | None:

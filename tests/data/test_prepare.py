@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import random
 import re
 import resource
@@ -195,6 +196,37 @@ def test_a_table_that_was_not_finished_is_made_again(
         assert str(raised.value.__cause__) == "disk full"
     table, census = made(given, tokenizer)
     assert (len(table), census.pairs) == (6, 6)
+
+
+DAMAGES: dict[str, tuple[str, Any]] = {
+    "cut": ("generator/*/*/*.arrow", lambda file: os.truncate(file, file.stat().st_size // 2)),
+    "emptied": ("generator/*/*/*.arrow", lambda file: os.truncate(file, 0)),
+    "gone": ("generator/*/*/*.arrow", Path.unlink),
+    "emptied description": ("generator/*/*/*.json", lambda file: os.truncate(file, 0)),
+    "cut census": ("*.json", lambda file: os.truncate(file, 10)),
+    "other census": ("*.json", lambda file: file.write_text('{"rows": 7, "pairs": 7}')),
+    "no census": ("*.json", Path.unlink),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_table_is_told_of_and_made_again(
+    damage: str, tmp_path: Path, cache: Path, tokenizer: Any, calls: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = source(tmp_path, ROWS)
+    assert len(made(given, tokenizer)[0]) == 6
+    name, change = DAMAGES[damage]
+    (file,) = (cache / "data").glob(name)
+    change(file)
+    table, census = made(given, tokenizer)
+    assert (text(tokenizer, table, 4)[1], census) == ("yes 4<|end|>", Census(rows=6, pairs=6))
+    out = capsys.readouterr().out
+    assert re.fullmatch(
+        rf"warning: {cache}/data/generator/\S+ cannot be read \(.+\): the rows are tokenised again\n", out
+    )
+    assert calls == [6, 6]
+    made(given, tokenizer)
+    assert calls == [6, 6] and capsys.readouterr().out == ""
 
 
 def told_of(cache: Path, why: str) -> str:
