@@ -67,10 +67,12 @@ def write_export(
     config: Mapping[str, Any], source: ModelSource, data: PreferenceData, module: DPOModule, run_dir: Path
 ) -> None:
     """Export adapter or model with its card, write the report, say where all lies."""
+    steps = module.trainer.global_step
     card = Card(
         base=source.base, base_loaded_from=source.folder(), note=source.note, data=data.source.name,
-        pairs=len(data.train), steps=module.trainer.global_step, devices=module.trainer.world_size, config=dict(config),
-        validations=results.validations(run_dir), question=data.examples(1)[0]["question"], chat=data.is_chat(),
+        pairs=len(data.train), pairs_seen=data.seen(steps), steps=steps, devices=module.trainer.world_size,
+        config=dict(config), validations=results.validations(run_dir), question=data.examples(1)[0]["question"],
+        chat=data.is_chat(),
     )  # fmt: skip
     folder = export(module.policy, data.tokenizer, run_dir, config["export"]["merge"], card.text)
     print(f"{folder.name}: {folder}\nreport:  {write_report(run_dir)}\nmetrics: {run_dir / 'metrics.jsonl'}")

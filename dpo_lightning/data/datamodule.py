@@ -155,6 +155,15 @@ class PreferenceData(pl.LightningDataModule):
         ends_early = epoch == 0 and met <= first
         return np.sort(order.rows(0)[:met]) if ends_early else rows
 
+    def seen(self, steps: int) -> int:
+        """Return how many of the training pairs a run's first steps have taken, each counted once."""
+        trainer, order = self.trainer, self.order()
+        assert trainer is not None
+        whole = limited(len(order), trainer.limit_train_batches) // trainer.accumulate_grad_batches  # steps an epoch
+        epochs = enumerate(range(0, steps, whole))
+        rows = [order.rows(epoch)[: min(whole, steps - done) * order.step_pairs] for epoch, done in epochs]
+        return len(np.unique(np.concatenate(rows)))
+
     def order(self) -> TrainingOrder:
         """Return this rank's order of the training pairs."""
         trainer = self.trainer

@@ -64,6 +64,7 @@ class Card:
     note: str | None
     data: str
     pairs: int
+    pairs_seen: int
     steps: int
     devices: int
     config: Mapping[str, Any]
@@ -110,7 +111,8 @@ class Card:
         kind = "A LoRA adapter of" if is_adapter else ("A LoRA adapter merged into" if lora else "All weights of")
         on_hub = HUB_ID.fullmatch(self.base) and not Path(self.base).exists()
         text = f"{kind} " + (f"[{self.base}](https://huggingface.co/{self.base}), " if on_hub else f"`{self.base}`, ")
-        text += f"tuned with Direct Preference Optimization on {self.pairs} preference pairs of `{self.data}`."
+        pairs = f"{self.pairs}" if self.pairs_seen == self.pairs else f"{self.pairs_seen} of the {self.pairs}"
+        text += f"tuned with Direct Preference Optimization on {pairs} preference pairs of `{self.data}`."
         if self.note:
             text += f" {self.note}"
         if is_adapter and self.base_loaded_from != self.base:

@@ -11,6 +11,7 @@ import resource
 import signal
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -405,6 +406,19 @@ def test_a_validation_file_is_taken_whole(tmp_path: Path, tokenizer: Any) -> Non
     one.tokenizer = None
     one.setup("fit")
     assert one.tokenizer is None, "what is prepared is not prepared again"
+
+
+def test_the_pairs_that_steps_have_taken_are_counted_once(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [{**ROWS[0], "prompt": f"Q{i}"} for i in range(11)]
+    one: Any = data(Path(source(tmp_path, rows).path), tokenizer, val_path=source(tmp_path, ROWS, "val.jsonl").path)
+    one.prepare_data()
+    trainer = {"limit_train_batches": 1.0, "accumulate_grad_batches": 2, "global_rank": 0, "world_size": 1}
+    one.trainer = SimpleNamespace(**trainer)
+    assert [one.seen(steps) for steps in (1, 2, 3, 4, 7)] == [4, 8, 11, 11, 11]
+    one.trainer.limit_train_batches = 4  # of 6: each epoch has other pairs
+    met = {*one.order().rows(0)[:8].tolist(), *one.order().rows(1)[:4].tolist()}
+    assert [one.seen(steps) for steps in (2, 3)] == [8, len(met)]
+    assert 8 < len(met) < 12
 
 
 def test_rows_are_judged_before_the_tokenizer_is_loaded(tmp_path: Path) -> None:
