@@ -158,6 +158,14 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over(cli, tmp_path, capsys):
     assert "skipping" in capsys.readouterr().out
 
 
+def wait_for_a_step(run):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and (
+        not (run / "metrics.jsonl").exists() or "train/loss" not in (run / "metrics.jsonl").read_text()
+    ):
+        time.sleep(0.2)
+
+
 # A locale that knows no letter beyond English: neither the bar's nor the answers' may end the run.
 ASCII = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
@@ -171,11 +179,7 @@ def test_a_signal_saves_and_exports_what_there_is(number, code, locale, tmp_path
         env={**os.environ, **locale, "DPO_LIGHTNING_CACHE": str(cache)}, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and (
-        not (run / "metrics.jsonl").exists() or "train/loss" not in (run / "metrics.jsonl").read_text()
-    ):
-        time.sleep(0.2)
+    wait_for_a_step(run)
     process.send_signal(number)
     out, _ = process.communicate(timeout=240)
     assert process.returncode == code, out
@@ -183,6 +187,40 @@ def test_a_signal_saves_and_exports_what_there_is(number, code, locale, tmp_path
     assert (run / "adapter" / "adapter_model.safetensors").exists()
     (checkpoint,) = (run / "checkpoints").iterdir()
     assert {f.name for f in checkpoint.iterdir()} == {"state.ckpt", "config.json", "manifest.json"}
+
+
+def started(words, cache, **options):
+    """Start a run as a user does; what it tells goes into a pipe."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "dpo_lightning", *words], env={**os.environ, "DPO_LIGHTNING_CACHE": str(cache)},
+        stderr=subprocess.STDOUT, **options,
+    )  # fmt: skip
+
+
+def test_a_reader_that_has_read_enough_ends_no_run(tmp_path, cache, metrics):
+    run = tmp_path / "run"
+    words = ["model=tiny", "logger=none", "samples.count=1", "trainer.max_steps=2", f"run_dir={run}"]
+    process = started(words, cache, stdout=subprocess.PIPE)  # as in `| head -1`
+    assert process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=240) == 0
+    assert (run / "adapter" / "adapter_model.safetensors").exists()
+    assert [row["step"] for row in metrics(run) if "train/loss" in row] == [1, 2]
+
+
+def test_ctrl_c_saves_and_exports_though_it_has_ended_the_tee_that_reads(tmp_path, cache):
+    run = tmp_path / "run"
+    words = ["model=tiny", "logger=none", "samples.count=0", "trainer.max_epochs=1000", f"run_dir={run}"]
+    tee = subprocess.Popen(["tee", str(tmp_path / "log")], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    process = started(words, cache, stdout=tee.stdin)
+    tee.stdin.close()
+    wait_for_a_step(run)
+    for each in (tee, process):  # as a terminal signals all of a pipeline
+        each.send_signal(signal.SIGINT)
+    assert (tee.wait(), process.wait(timeout=240)) == (-signal.SIGINT, 130)
+    assert (run / "adapter" / "adapter_model.safetensors").exists()
+    assert len([*(run / "checkpoints").iterdir()]) == 1
+    assert "run folder" in (tmp_path / "log").read_text()
 
 
 def test_wandb_is_offline_without_a_key_and_never_stops_a_run(cli, tmp_path, monkeypatch):

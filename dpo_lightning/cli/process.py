@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 NOISE = (  # known warnings that do not concern the user, each by its message
     r".*treespec, LeafSpec.*",
@@ -30,12 +31,37 @@ def prepare() -> None:
         os.environ.setdefault(name, value)
     for text in NOISE:
         warnings.filterwarnings("ignore", message=text)
-    for stream in (sys.stdout, sys.stderr):
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal of Latin-1 has no bullet: that must end no run
+            if stream is getattr(sys, f"__{name}__"):  # the process' own, no notebook's and no test's
+                setattr(sys, name, outliving(stream))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read when torch first allocates
+
+
+class Outliving(io.FileIO):
+    """A pipe whose reader may go away: what is told from then on is lost, and nothing else."""
+
+    def write(self, data: Any, /) -> int | None:
+        """Write, and be content where nobody reads; rich would end the process, print would raise."""
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            return len(data)
+
+
+def outliving(stream: io.TextIOWrapper) -> io.TextIOWrapper:
+    """Return a standard stream anew, for a run that outlives its reader: `| head`, or a `tee` that Ctrl-C ends, too."""
+    stream.flush()
+    raw = Outliving(stream.fileno(), "w", closefd=False)
+    return io.TextIOWrapper(
+        raw if stream.write_through else io.BufferedWriter(raw),  # type: ignore[arg-type] - as Python does for -u
+        encoding=stream.encoding, errors=stream.errors, newline="\n", line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )  # fmt: skip
 
 
 @contextmanager
