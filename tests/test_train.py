@@ -343,6 +343,18 @@ def test_a_run_that_is_past_max_steps_says_that_nothing_is_trained(cli, metrics,
     assert [row["step"] for row in metrics(tmp_path) if "train/loss" in row] == [1, 2, 3, 4, 5]
 
 
+def test_a_run_that_is_past_max_epochs_says_that_nothing_is_trained(cli, metrics, tmp_path, capsys):
+    assert cli(*RESUMABLE, f"run_dir={tmp_path}") == 0
+    assert "nothing is left to train" not in capsys.readouterr().out
+    adapter = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
+    for epochs in (2, 1):
+        assert cli(*RESUMABLE, f"trainer.max_epochs={epochs}", f"run_dir={tmp_path}") == 0
+        line = f"nothing is left to train: the checkpoint is of epoch 2, trainer.max_epochs={epochs}"
+        assert line in capsys.readouterr().out.splitlines()
+    assert [row["step"] for row in metrics(tmp_path) if "train/loss" in row] == [*range(1, 15)]
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
+
+
 def test_a_run_stopped_before_its_first_step_can_be_started_again(cli, metrics, tmp_path):
     run = tmp_path / "run"
     run.mkdir()

@@ -156,6 +156,15 @@ class Checkpoints(pl.Callback):
         self._step = self._saved = 0
         self._after_validation = False
 
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Let a run that has made all epochs that are wanted now be a finished one; Lightning would refuse more."""
+        made = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+        if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= made:
+            if trainer.is_global_zero:
+                limit = f"trainer.max_epochs={trainer.max_epochs}"
+                print(f"nothing is left to train: the checkpoint is of epoch {made}, {limit}", flush=True)
+            trainer.fit_loop.max_epochs = made
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Know the step that a resumed run starts from."""
         self._step = self._saved = trainer.global_step
