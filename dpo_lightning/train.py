@@ -93,14 +93,15 @@ def train(cfg: DictConfig, run_dir: Path, resume: Path | None, sweep: bool) -> i
     if cfg.reference.mode == "cached":
         trainer.callbacks.append(cache)  # type: ignore[attr-defined]
     module = build_module(cfg, source, data.layout)
-    with loggers.closed(trainer), interrupt.installed():
-        trained = fit(trainer, module, data, resume, interrupt, log, watchdog)
-        interrupt.complete = interrupt.complete or (trained and not interrupt.stopping)
-        if trained and trainer.is_global_zero and not interrupt.goes_on:
-            finish(plain(cfg), source, data, module, run_dir, interrupt)
-        if trained:  # launchers kill the first rank in its export when another has gone with an exit code
-            interrupt.words.wait()
-    return close(run_dir, trainer, interrupt, saver, 0 if cache.cannot_keep else cache.computed)
+    with interrupt.installed():
+        with loggers.closed(trainer):
+            trained = fit(trainer, module, data, resume, interrupt, log, watchdog)
+            interrupt.complete = interrupt.complete or (trained and not interrupt.stopping)
+            if trained and trainer.is_global_zero and not interrupt.goes_on:
+                finish(plain(cfg), source, data, module, run_dir, interrupt)
+            if trained:  # launchers kill the first rank in its export when another has gone with an exit code
+                interrupt.words.wait()
+        return close(run_dir, trainer, interrupt, saver, 0 if cache.cannot_keep else cache.computed)
 
 
 def close(run_dir: Path, trainer: pl.Trainer, interrupt: Interrupt, saver: Saver, pairs_cached: int) -> int:

@@ -175,7 +175,9 @@ ENDING = """
 import os, sys
 from peft import PeftModel
 from dpo_lightning.__main__ import main
+from dpo_lightning import train
 from dpo_lightning.outputs import samples
+from dpo_lightning.training.loggers import JsonlLogger
 
 def signalled(work):
     def with_signals(*args, **kwargs):
@@ -186,15 +188,18 @@ def signalled(work):
 
 PeftModel.save_pretrained = signalled(PeftModel.save_pretrained)
 samples.generate = signalled(samples.generate)
+JsonlLogger.close = signalled(JsonlLogger.close)
+train.close = signalled(train.close)
 main()
 """
 
 
-def test_signals_while_a_run_answers_and_exports_do_not_keep_it_from_its_end(tmp_path, cache):
+def test_signals_from_the_answers_to_the_end_of_the_loggers_do_not_keep_a_run_from_its_end(tmp_path, cache):
     run = tmp_path / "run"
     (run / ".adapter-1").mkdir(parents=True)  # a process was killed there
     words = [*TINY[:3], *TINY[4:], "samples.count=1", "trainer.max_steps=1", f"run_dir={run}"]
-    signals = f"{signal.SIGTERM:d} {signal.SIGTERM:d}\n{signal.SIGTERM:d} {signal.SIGUSR1:d}\n"
+    both = f"{signal.SIGTERM:d} {signal.SIGUSR1:d}\n"
+    signals = f"{signal.SIGTERM:d} {signal.SIGTERM:d}\n" + 3 * both
     done = subprocess.run(
         [sys.executable, "-c", ENDING, *words], input=signals, env=environment(cache), capture_output=True, text=True,
         cwd=ROOT, check=False,
