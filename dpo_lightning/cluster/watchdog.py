@@ -54,6 +54,7 @@ class Watchdog(pl.Callback):
         self._waited = 0.0  # seconds for it
         self._own: deque[tuple[float, float]] = deque(maxlen=WINDOW)  # seconds for data, for the forward pass
         self._told: set[int] = set()  # ranks that are slow
+        self._place, self._stopped = points.here(), 0.0  # seconds that this process was stopped for, since that point
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Meet the other ranks and begin to watch, before the model is loaded: a machine's memory may not hold it."""
@@ -109,7 +110,7 @@ class Watchdog(pl.Callback):
     def _watch(self, over: threading.Event) -> None:
         """Beat, and look whether this rank gets on; the others are asked only if it does not."""
         looked = time.monotonic()
-        while not over.wait(BEAT):
+        while not self._rest(over):
             try:
                 self.signs.tell()
                 if why := self.signs.verdict():
@@ -126,9 +127,21 @@ class Watchdog(pl.Callback):
             if ended := self._ended():
                 self._give_up(ended, GRACE)
                 return
-            if time.monotonic() - points.here().since > self._limit():
+            if time.monotonic() - points.here().since - self._stopped > self._limit():
                 self._give_up(self.signs.lost(self._ended) or self._behind(), 0)
                 return
+
+    def _rest(self, over: threading.Event) -> bool:
+        """Wait for the next beat; return whether the watch is over.
+
+        What it takes longer than that, this process was stopped, and its main thread with it: that is no hang.
+        """
+        began = time.monotonic()
+        ends = over.wait(BEAT)
+        late, place = max(0.0, time.monotonic() - began - BEAT), points.here()
+        self._stopped = late + (self._stopped if place == self._place else 0.0)
+        self._place = place
+        return ends
 
     def _limit(self) -> float:
         """Return how many seconds may lie between two points; a model may take longer to load than a step."""

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -226,6 +227,29 @@ def test_a_run_that_is_given_up_ends_though_nothing_can_be_told_and_writes_its_c
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == LOST
     assert (tmp_path / "state").read_text() == "whole"
+
+
+@pytest.mark.parametrize("goes_on", [True, False], ids=["goes on", "hangs"])
+def test_the_time_that_a_process_was_stopped_for_is_no_hang(goes_on):
+    there, here = os.pipe()
+    if not (child := os.fork()):
+        os.close(here)
+        watchdog = Watchdog(4, 2.0)
+        points.at("data.next", 0)
+        threading.Thread(target=watchdog._watch, args=(watchdog._over,), daemon=True).start()
+        os.read(there, 1)  # until the test lets it go on
+        os._exit(0)
+    os.close(there)
+    time.sleep(0.5)
+    os.kill(child, signal.SIGSTOP)
+    time.sleep(6)
+    os.kill(child, signal.SIGCONT)
+    time.sleep(1.5)
+    if goes_on:
+        os.close(here)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == (0 if goes_on else LOST)
+    if not goes_on:
+        os.close(here)
 
 
 def test_a_model_may_take_longer_to_load_than_a_step():
