@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -133,9 +134,7 @@ def fit(
         keep_freed_memory()
     if resume is not None:
         trainer.num_sanity_val_steps = 0  # the validation before the first update has been made
-        if 0 <= trainer.max_steps <= (step := step_of(resume)) and trainer.is_global_zero:
-            limit = f"trainer.max_steps={trainer.max_steps}"
-            print(f"nothing is left to train: the checkpoint is of step {step}, {limit}", flush=True)
+    watchdog.take_over(trainer)
     try:
         trainer.fit(module, data, ckpt_path=resume, weights_only=True)
         if not interrupt.stopping and log.is_stale(trainer):
@@ -147,6 +146,9 @@ def fit(
     except torch.OutOfMemoryError as error:
         raise TooLarge(f"out of memory: {str(error).splitlines()[0]}; {SMALLER}") from error
     except RuntimeError as error:
+        if "EADDRINUSE" in str(error):
+            port = os.environ.get("MASTER_PORT")
+            raise UserError(f"MASTER_PORT={port} is taken; give a free one, or unset it") from error
         if TALK.search(str(error)) and (lost := watchdog.lost()):
             raise RankLost(f"{lost}; the run goes on from its last checkpoint when it is started again") from error
         raise

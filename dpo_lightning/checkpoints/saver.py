@@ -157,13 +157,15 @@ class Checkpoints(pl.Callback):
         self._after_validation = False
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Let a run that has made all epochs that are wanted now be a finished one; Lightning would refuse more."""
-        made = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
-        if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= made:
-            if trainer.is_global_zero:
-                limit = f"trainer.max_epochs={trainer.max_epochs}"
-                print(f"nothing is left to train: the checkpoint is of epoch {made}, {limit}", flush=True)
-            trainer.fit_loop.max_epochs = made
+        """Say where nothing is left to train. Lightning refuses a checkpoint of more epochs than are wanted now."""
+        steps = checkpoint["global_step"]
+        epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+        for unit, made, limit in ("step", steps, trainer.max_steps), ("epoch", epochs, trainer.max_epochs):
+            if limit is not None and 0 <= limit <= made and trainer.is_global_zero:
+                told = f"the checkpoint is of {unit} {made}, trainer.max_{unit}s={limit}"
+                print(f"nothing is left to train: {told}", flush=True)
+        if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+            trainer.fit_loop.max_epochs = max(trainer.max_epochs, epochs)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Know the step that a resumed run starts from."""

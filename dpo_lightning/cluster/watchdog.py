@@ -10,6 +10,7 @@ import faulthandler
 import math
 import os
 import re
+import signal
 import statistics
 import sys
 import threading
@@ -17,12 +18,14 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from dpo_lightning.cluster import points
 from dpo_lightning.cluster.exits import RANK_LOST
+from dpo_lightning.cluster.interrupt import NOTES
 from dpo_lightning.cluster.signs import BEAT, Signs, Unanswered, behind, slow
 
 TALK = re.compile(r"gloo|nccl|socket|store|connection|broken pipe|peer", re.IGNORECASE)  # of failed collectives
@@ -49,20 +52,45 @@ class Watchdog(pl.Callback):
         self.hang_seconds, self.slow_factor, self.wait_for_save = hang_seconds, slow_factor, wait_for_save
         self.signs = Signs()
         self._over, self._noticed = threading.Event(), threading.Event()
-        self._children: list[Any] = []
+        self._thread: threading.Thread | None = None
+        self._children: list[Any] = []  # processes of other ranks
         self._ready = 0.0  # when there was a batch, by time.monotonic()
         self._waited = 0.0  # seconds for it
         self._own: deque[tuple[float, float]] = deque(maxlen=WINDOW)  # seconds for data, for the forward pass
         self._told: set[int] = set()  # ranks that are slow
         self._place, self._stopped = points.here(), 0.0  # seconds that this process was stopped for, since that point
 
+    def take_over(self, trainer: pl.Trainer) -> None:
+        """Watch over the ranks that Lightning starts from this process as soon as it has.
+
+        Lightning's own observer would kill this process by SIGKILL when one of them fails, without a word.
+        """
+        launcher: Any = trainer.strategy.launcher
+        if not isinstance(launcher, _SubprocessScriptLauncher):
+            return
+        start = launcher._call_children_scripts
+
+        def start_and_watch() -> None:
+            try:
+                start()
+            finally:
+                self._children, launcher.procs = launcher.procs, []  # the observer of none ends at once
+            self._begin()
+
+        launcher._call_children_scripts = start_and_watch  # type: ignore[method-assign]
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Meet the other ranks and begin to watch, before the model is loaded: a machine's memory may not hold it."""
+        """Meet the other ranks and watch, before the model is loaded: a machine's memory may not hold it."""
         self.signs = Signs.meet(trainer)
-        self._children = _take_children(trainer)
         points.at("setup", trainer.global_step)
-        self._over = threading.Event()
-        threading.Thread(target=self._watch, args=(self._over,), name="watchdog", daemon=True).start()
+        self._begin()
+
+    def _begin(self) -> None:
+        """Begin to watch, where that has not begun."""
+        if self._thread is None or self._over.is_set():
+            self._over = threading.Event()
+            self._thread = threading.Thread(target=self._watch, args=(self._over,), name="watchdog", daemon=True)
+            self._thread.start()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Have a model."""
@@ -96,8 +124,10 @@ class Watchdog(pl.Callback):
         self._noticed.set()
 
     def end(self) -> None:
-        """Watch no longer."""
+        """Watch no longer; end the ranks that were started from here where they wait for this one and do not watch."""
         self._over.set()
+        if self.signs.store is None:
+            self._kill_children()
 
     def lost(self) -> str:
         """Return which ranks have ended or give no sign of life any more, in all ranks' words; "" where there are none.
@@ -125,6 +155,8 @@ class Watchdog(pl.Callback):
                 self._give_up(f"rank 0 cannot be reached any more ({str(error).splitlines()[0]})", GRACE)
                 return
             if ended := self._ended():
+                if self.signs.store is None and (number := self._stopped_by()):
+                    self._leave(f"{signal.Signals(number).name} while the ranks were starting: {ended}", 128 + number)
                 self._give_up(ended, GRACE)
                 return
             if time.monotonic() - points.here().since - self._stopped > self._limit():
@@ -146,7 +178,7 @@ class Watchdog(pl.Callback):
     def _limit(self) -> float:
         """Return how many seconds may lie between two points; a model may take longer to load than a step."""
         limit = math.inf if self.hang_seconds is None else self.hang_seconds
-        return max(limit, LOADING) if points.here().point == "setup" else limit
+        return max(limit, LOADING) if points.here().point in ("start", "setup") else limit
 
     def _behind(self) -> str:
         try:
@@ -160,6 +192,14 @@ class Watchdog(pl.Callback):
         return "; ".join(
             f"rank {rank} (pid {pid}) has ended with exit code {code}" for rank, pid, code in codes if code
         )
+
+    def _stopped_by(self) -> int:
+        """Return the signal that has ended one of them before it could save anything, or 0.
+
+        This process was sent it, too, or will be missed by the others; its main thread hears nothing while it waits.
+        """
+        codes = [child.poll() or 0 for child in self._children]
+        return next((number for number in NOTES if -number in codes or 128 + number in codes), 0)
 
     def _look_for_slow_ranks(self) -> None:
         for sign, others in slow(self.signs.all(), self.slow_factor):
@@ -179,26 +219,24 @@ class Watchdog(pl.Callback):
         if self._noticed.is_set() and self._over.wait(LEAVING):  # the main thread has noticed by itself, and ends
             return
         place, why = points.here(), self.signs.agree(why)
+        told = (
+            f"error: rank {self.signs.rank} has waited {time.monotonic() - place.since:.0f} s after {place.point} "
+            f"of step {place.step}: {why}; the run ends with exit code {RANK_LOST}, and goes on from its last "
+            "checkpoint when it is started again. The stacks of this rank:"
+        )
+        self._leave(told, RANK_LOST, stacks=True)
+
+    def _leave(self, told: str, code: int, stacks: bool = False) -> NoReturn:
+        """End this process and those it has started."""
         with suppress(OSError):  # of a full disk, which must not keep this process alive
-            sys.stderr.write(
-                f"error: rank {self.signs.rank} has waited {time.monotonic() - place.since:.0f} s after {place.point} "
-                f"of step {place.step}: {why}; the run ends with exit code {RANK_LOST}, and goes on from its last "
-                "checkpoint when it is started again. The stacks of this rank:\n"
-            )
+            sys.stderr.write(f"{told}\n")
             sys.stderr.flush()
-        faulthandler.dump_traceback(all_threads=True)
+        if stacks:
+            faulthandler.dump_traceback(all_threads=True)
+        self._kill_children()
+        self.wait_for_save(LEAVING)
+        os._exit(code)
+
+    def _kill_children(self) -> None:
         for child in self._children:
             child.kill()
-        self.wait_for_save(LEAVING)
-        os._exit(RANK_LOST)
-
-
-def _take_children(trainer: pl.Trainer) -> list[Any]:
-    """Return the processes of the other ranks where Lightning has started them from this one.
-
-    Lightning's own observer would kill this process by SIGKILL when one of them fails, without a word.
-    """
-    for thread in threading.enumerate():
-        if thread.name == "child-process-observer":
-            thread._child_processes = []  # type: ignore[attr-defined] - it ends when all of none have ended
-    return list(getattr(trainer.strategy.launcher, "procs", ()))

@@ -2,10 +2,13 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
+import psutil
 import pytest
 
 from dpo_lightning.checkpoints.resume import to_resume
@@ -81,3 +84,42 @@ def test_a_signal_to_the_first_rank_stops_both_saves_and_exports(tmp_path, cache
     assert process.returncode == 143, output
     assert (run / "adapter" / "adapter_model.safetensors").exists()
     assert to_resume("auto", run) is not None
+
+
+def test_a_port_that_is_taken_is_told_and_no_rank_stays_behind(tmp_path, cache):
+    words = [*SHORT, "trainer.devices=2", "strategy=ddp", f"run_dir={tmp_path / 'run'}"]
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        done = subprocess.run(  # waits until all processes that hold its pipes have ended
+            [sys.executable, "-m", "dpo_lightning", *words], capture_output=True, text=True, timeout=120, check=False,
+            env=environment(cache, MASTER_PORT=port),
+        )  # fmt: skip
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.splitlines()[-1] == f"error: MASTER_PORT={port} is taken; give a free one, or unset it"
+    assert "Traceback" not in done.stderr
+
+
+def children(process):
+    """Yield the command line of each process that one has started."""
+    for child in psutil.Process(process).children():
+        with suppress(psutil.Error):  # it has ended by now
+            yield child.cmdline()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
+def test_a_signal_to_all_while_the_second_rank_imports_ends_both_with_its_code(number, code, tmp_path, cache):
+    words = [*SHORT, "trainer.devices=2", "strategy=ddp", f"run_dir={tmp_path / 'run'}"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dpo_lightning", *words], env=environment(cache), text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not any("process_1" in " ".join(words) for words in children(process.pid)):
+        time.sleep(0.05)
+    time.sleep(0.5)  # its imports take seconds
+    os.killpg(process.pid, number)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == code, output
+    assert f"{number.name} while the ranks were starting: rank 1 (pid" in output
