@@ -201,7 +201,7 @@ def test_a_reader_that_has_read_enough_ends_no_run(tmp_path, cache, metrics):
     run = tmp_path / "run"
     words = ["model=tiny", "logger=none", "samples.count=1", "trainer.max_steps=2", f"run_dir={run}"]
     process = started(words, cache, stdout=subprocess.PIPE)  # as in `| head -1`
-    assert process.stdout.readline()
+    assert process.stdout and process.stdout.readline()
     process.stdout.close()
     assert process.wait(timeout=240) == 0
     assert (run / "adapter" / "adapter_model.safetensors").exists()
@@ -213,6 +213,7 @@ def test_ctrl_c_saves_and_exports_though_it_has_ended_the_tee_that_reads(tmp_pat
     words = ["model=tiny", "logger=none", "samples.count=0", "trainer.max_epochs=1000", f"run_dir={run}"]
     tee = subprocess.Popen(["tee", str(tmp_path / "log")], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
     process = started(words, cache, stdout=tee.stdin)
+    assert tee.stdin
     tee.stdin.close()
     wait_for_a_step(run)
     for each in (tee, process):  # as a terminal signals all of a pipeline
