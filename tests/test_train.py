@@ -208,6 +208,13 @@ def test_a_reader_that_has_read_enough_ends_no_run(tmp_path, cache, metrics):
     assert [row["step"] for row in metrics(run) if "train/loss" in row] == [1, 2]
 
 
+def test_a_log_on_a_full_disk_ends_no_run(tmp_path, cache):
+    words = ["model=tiny", "logger=none", "samples.count=0", "trainer.max_steps=1", f"run_dir={tmp_path / 'run'}"]
+    with open("/dev/full", "w") as log:
+        assert started(words, cache, stdout=log).wait(timeout=240) == 0
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
+
+
 def test_ctrl_c_saves_and_exports_though_it_has_ended_the_tee_that_reads(tmp_path, cache):
     run = tmp_path / "run"
     words = ["model=tiny", "logger=none", "samples.count=0", "trainer.max_epochs=1000", f"run_dir={run}"]

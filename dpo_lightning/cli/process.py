@@ -43,18 +43,21 @@ def prepare() -> None:
 
 
 class Outliving(io.FileIO):
-    """A pipe whose reader may go away: what is told from then on is lost, and nothing else."""
+    """A stream that may come to nothing: what is told then is lost, and nothing else.
+
+    A pipe whose reader has gone, a terminal that was closed, a file on a full disk.
+    """
 
     def write(self, data: Any, /) -> int | None:
-        """Write, and be content where nobody reads; rich would end the process, print would raise."""
+        """Write, and be content where that cannot be done; rich would end the process, print would raise."""
         try:
             return super().write(data)
-        except BrokenPipeError:
+        except OSError:
             return len(data)
 
 
 def outliving(stream: io.TextIOWrapper) -> io.TextIOWrapper:
-    """Return a standard stream anew, for a run that outlives its reader: `| head`, or a `tee` that Ctrl-C ends, too."""
+    """Return a standard stream anew, for a run that outlives it: `| head`, or a `tee` that Ctrl-C ends, too."""
     stream.flush()
     raw = Outliving(stream.fileno(), "w", closefd=False)
     return io.TextIOWrapper(
