@@ -24,7 +24,7 @@ from dpo_lightning import __version__
 from dpo_lightning.checkpoints import lock
 from dpo_lightning.checkpoints.folder import step_of
 from dpo_lightning.checkpoints.resume import is_first_process, to_resume
-from dpo_lightning.checkpoints.starts import announce, check_progress, is_repeated, note
+from dpo_lightning.checkpoints.starts import announce, check_progress, note
 from dpo_lightning.cli import guard
 from dpo_lightning.cli.errors import explain, fail
 from dpo_lightning.cli.hub import prefer_cache
@@ -71,7 +71,7 @@ def begin(verb: str, cfg: DictConfig, run_dir: Path, sweep: bool) -> int:
     if first and (trains or lock.is_restarted()):  # a job's check waits, before its ranks look for a checkpoint
         lock.take(run_dir)
     line = line_of(cfg)
-    resume = to_resume(cfg.resume, run_dir, tidy=trains, again=is_repeated(run_dir, line))
+    resume = to_resume(cfg.resume, run_dir, tidy=trains, line=line)
     if trains:
         step = step_of(resume) if resume else 0
         check_progress(run_dir, step, cfg.cluster.max_restarts, first)
@@ -84,7 +84,7 @@ def begin(verb: str, cfg: DictConfig, run_dir: Path, sweep: bool) -> int:
 
         return (train.train if trains else train.only_check)(cfg, run_dir, resume, sweep)
     except (UserError, HydraException, OmegaConfBaseException, KeyboardInterrupt) as error:
-        if trains and first:  # nothing that another start would repeat
+        if trains and first and lock.is_held(run_dir):  # nothing that another start would repeat
             note(run_dir, end=INTERRUPTED if isinstance(error, KeyboardInterrupt) else USER_ERROR)
         raise
 
@@ -117,7 +117,7 @@ def submit(cfg: DictConfig, multirun: bool) -> int:
     if multirun:
         raise UserError("--multirun: not with submit; launch/sweep.sbatch runs a W&B sweep as SLURM jobs")
     run_dir = job.folder_of(cfg)
-    to_resume(cfg.resume, run_dir, tidy=False, again=is_repeated(run_dir, line_of(cfg)))
+    to_resume(cfg.resume, run_dir, tidy=False, line=line_of(cfg))
     return job.submit(cfg, run_dir, sys.argv[1:])
 
 
@@ -160,7 +160,7 @@ def main() -> None:
     verb = sys.argv.pop(1) if len(sys.argv) > 1 and re.fullmatch(r"[a-z]+", sys.argv[1]) else "train"
     if verb not in VERBS:
         fail(f"unknown verb {verb}{nearest(verb, VERBS)}; there are {', '.join(VERBS)}")
-    prepare()
+    prepare(outlives=verb == "train")
     # Hydra's parser takes its flags before the overrides or behind them, not between: the overrides go last.
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda arg: re.match(r"~|[^-].*=", arg) is not None)
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # else Hydra prints its errors itself and exits with 1

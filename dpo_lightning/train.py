@@ -90,7 +90,7 @@ def train(cfg: DictConfig, run_dir: Path, resume: Path | None, sweep: bool) -> i
         Agreement(plan, begin), base, Summary(facts(cfg, source, data, run_dir, resume, strategy)), watchdog,
         Failures(run_dir), log, interrupt,
     ], Checkpoints(run_dir, cfg.checkpoint.every_n_steps, interrupt.words))  # fmt: skip
-    cache = ReferenceCache(cache_dir() / "reference", source.weights_digest, interrupt)
+    cache = ReferenceCache(cache_dir() / "reference", source.digest, interrupt)
     if cfg.reference.mode == "cached":
         trainer.callbacks.append(cache)  # type: ignore[attr-defined]
     module = build_module(cfg, source, data.layout)
@@ -135,6 +135,7 @@ def fit(
     if resume is not None:
         trainer.num_sanity_val_steps = 0  # the validation before the first update has been made
     watchdog.take_over(trainer)
+    given = os.environ.get("MASTER_PORT")  # else a launcher finds a free one
     try:
         trainer.fit(module, data, ckpt_path=resume, weights_only=True)
         if not interrupt.stopping and log.is_stale(trainer):
@@ -147,8 +148,8 @@ def fit(
         raise TooLarge(f"out of memory: {str(error).splitlines()[0]}; {SMALLER}") from error
     except RuntimeError as error:
         if "EADDRINUSE" in str(error):
-            port = os.environ.get("MASTER_PORT")
-            raise UserError(f"MASTER_PORT={port} is taken; give a free one, or unset it") from error
+            then = "give a free one, or unset it" if given else "start again"
+            raise UserError(f"MASTER_PORT={os.environ.get('MASTER_PORT')} is taken; {then}") from error
         if TALK.search(str(error)) and (lost := watchdog.lost()):
             raise RankLost(f"{lost}; the run goes on from its last checkpoint when it is started again") from error
         raise
@@ -169,17 +170,19 @@ def open_run(cfg: DictConfig, run_dir: Path, trainer: pl.Trainer, resume: Path |
     """Make the run folder with the resolved configuration, and start the loggers; return the run's id."""
     run_dir.mkdir(parents=True, exist_ok=True)
     if lock.take(run_dir) and run_id(run_dir) is not None:  # what was decided on an absent folder
+        lock.let_go(run_dir)
         raise UserError(f"run_dir={run_dir}: another process has trained there meanwhile; start again")
     known = id_of(run_dir, resume)
     OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
     remove_leftovers(run_dir / "checkpoints")
     step = step_of(resume) if resume is not None else -1
-    note(run_dir, start=max(step, 0), ranks=trainer.world_size, changed=changed_settings(cfg, resume))
     if resume is not None and resume.parent.parent.parent != run_dir:
         (run_dir / ORIGIN).write_text(str(resume.parent))
     undo_later(run_dir, step)
     jsonl = loggers.JsonlLogger(run_dir)
     jsonl.rewind(step)
+    # by this row a line is known that is started again: only then has it gone back
+    note(run_dir, start=max(step, 0), ranks=trainer.world_size, changed=changed_settings(cfg, resume))
     trainer.loggers = [jsonl, *instantiate(cfg.logger)(run_dir, plain(cfg))]
     return known
 

@@ -75,7 +75,7 @@ SCRIPT = """
 import sys
 if sys.argv[1] == "ours":
     from dpo_lightning.cli.process import prepare
-    prepare()
+    prepare(outlives=True)
 import wandb
 with wandb.init(dir=sys.argv[1], mode="offline", project="p"):
     print("printed-" + "mark")

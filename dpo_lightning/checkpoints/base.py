@@ -30,7 +30,14 @@ class Base(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Raise UserError, on every rank, where the weights are not those of the checkpoint."""
-        now = gather_texts(self.digest() if trainer.is_global_zero else "", trainer.strategy.root_device)[0]
+        failed = now = ""
+        try:
+            now = self.digest() if trainer.is_global_zero else ""
+        except UserError as error:
+            failed = str(error)
+        failed, now = gather_texts(f"{failed}\n{now}", trainer.strategy.root_device)[0].split("\n")
+        if failed:
+            raise UserError(failed)
         then = json.loads((self.resume.parent / MANIFEST).read_bytes()).get("base") if self.resume is not None else None
         if then not in (None, now) and not self.may_change:  # None: of a version that did not note it
             raise UserError(

@@ -132,6 +132,10 @@ def _absence(file: Path) -> str | None:
         file.lstat()
     except (FileNotFoundError, NotADirectoryError):
         return f"{file.name} is missing"
+    except PermissionError:
+        raise
+    except OSError as error:
+        return f"{file.name} cannot be read: {error.strerror}"
     return None if file.is_file() else f"{file.name} is not a file"
 
 

@@ -43,6 +43,11 @@ def take(run_dir: Path) -> bool:
     return True
 
 
+def is_held(run_dir: Path) -> bool:
+    """Return whether this process holds the lock of a folder."""
+    return run_dir in _held
+
+
 def is_restarted() -> bool:
     """Return whether SLURM has started this job again, whose last process may be about to end."""
     return os.environ.get("SLURM_RESTART_COUNT", "0") != "0"

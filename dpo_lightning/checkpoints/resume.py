@@ -19,20 +19,21 @@ from dpo_lightning.checkpoints.folder import (
     step_of,
     verify,
 )
+from dpo_lightning.checkpoints.starts import is_repeated
 from dpo_lightning.types import UserError
 
 ORIGIN = "resumed_from"  # of a run's folder
 
 
-def to_resume(resume: str, run_dir: Path, tidy: bool = True, again: bool = False) -> Path | None:
+def to_resume(resume: str, run_dir: Path, tidy: bool = True, line: str = "") -> Path | None:
     """Return the state file that `resume` names, or None to start anew; never overwrite a run.
 
     Args:
         resume: auto, never, or a checkpoint's folder. Where the run was begun from that one, or has gone back to it
-            and is started `again`, it goes on from its own newest; then the one that is named may be gone.
+            and is started again by the same line, it goes on from its own newest; then the named one may be gone.
         run_dir: the run's folder.
         tidy: move broken checkpoints aside.
-        again: the run's last start was by the same line.
+        line: what this start was asked, as `is_repeated` compares it.
 
     Raises UserError for a path that is not a whole checkpoint, for a folder that holds a run which cannot be gone on
     with, and for one whose checkpoints are all broken.
@@ -40,17 +41,17 @@ def to_resume(resume: str, run_dir: Path, tidy: bool = True, again: bool = False
     try:
         if resume in ("auto", "never"):
             return _by_itself(resume, run_dir, tidy)
-        return _by_name(resume, run_dir, tidy, again)
+        return _by_name(resume, run_dir, tidy, line)
     except PermissionError as error:
         raise UserError(
             f"run_dir={run_dir}: {error.filename} may not be read; give this account the right to, or choose another"
         ) from error
 
 
-def _by_name(resume: str, run_dir: Path, tidy: bool, again: bool) -> Path:
+def _by_name(resume: str, run_dir: Path, tidy: bool, line: str) -> Path:
     folder = _named(resume, run_dir)
     own = folder.parent.parent == run_dir
-    if again if own else _origin(run_dir) == str(folder):  # a requeued job's
+    if is_repeated(run_dir, line) if own else _origin(run_dir) == str(folder):  # a requeued job's
         found = newest(run_dir, tidy)
         _refuse_links(run_dir, found)
         if found is not None and step_of(found) >= (step_number(folder) or 0):

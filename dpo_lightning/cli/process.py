@@ -25,7 +25,7 @@ NOISE = (  # known warnings that do not concern the user, each by its message
 PRIVATE = {"WANDB_DISABLE_CODE": "true", "WANDB_DISABLE_GIT": "true", "WANDB_CONSOLE": "off"}
 
 
-def prepare() -> None:
+def prepare(outlives: bool) -> None:
     """Keep other packages' chatter off the screen, and out of W&B what the metrics do not need; ask for huge pages."""
     for name, value in PRIVATE.items():
         os.environ.setdefault(name, value)
@@ -35,7 +35,7 @@ def prepare() -> None:
         stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal of Latin-1 has no bullet: that must end no run
-            if stream is getattr(sys, f"__{name}__"):  # the process' own, no notebook's and no test's
+            if outlives and stream is getattr(sys, f"__{name}__"):  # the process' own, no notebook's and no test's
                 setattr(sys, name, outliving(stream))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

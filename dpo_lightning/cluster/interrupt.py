@@ -19,6 +19,7 @@ from dpo_lightning.cluster.exits import INTERRUPTED
 from dpo_lightning.cluster.ranks import Words
 
 NOTES = {
+    signal.SIGHUP: b"\nthe terminal was closed: stopping at the end of this step, then saving\n",
     signal.SIGINT: b"\nstopping at the end of this step, then saving; Ctrl-C again kills\n",
     signal.SIGTERM: b"\nSIGTERM: stopping at the end of this step, then saving\n",
     signal.SIGUSR1: b"\nSIGUSR1: stopping at the end of this step, then saving; the run goes on when started again\n",
@@ -28,10 +29,10 @@ UNMEASURED = 60.0  # seconds that a first save is given
 
 
 class Interrupt(pl.Callback):
-    """The first SIGINT, SIGTERM or SIGUSR1 of any rank stops all of them at the end of the same step.
+    """The first SIGINT, SIGTERM, SIGHUP or SIGUSR1 of any rank stops all of them at the end of the same step.
 
-    SIGTERM and Ctrl-C end the run, SIGUSR1 leaves it to be gone on with. What comes after the first changes nothing,
-    except for a second Ctrl-C before the ranks have agreed to stop, which kills.
+    SIGUSR1 leaves the run to be gone on with, the others end it; SIGHUP does nothing under nohup. What comes after the
+    first changes nothing, except for a second Ctrl-C before the ranks have agreed to stop, which kills.
 
     Args:
         end_of_job: when the scheduler will end the job, in seconds since the epoch; asked on the first rank.
@@ -95,7 +96,7 @@ class Interrupt(pl.Callback):
             self._take()
             raise KeyboardInterrupt
 
-        for number in NOTES:
+        for number in _heeded():
             signal.signal(number, stop)
         try:
             yield
@@ -103,7 +104,7 @@ class Interrupt(pl.Callback):
             self._take()
 
     def _take(self) -> None:
-        for number in NOTES:
+        for number in _heeded():
             signal.signal(number, self._request)
 
     def _request(self, number: int, frame: Any) -> None:
@@ -182,6 +183,11 @@ class Interrupt(pl.Callback):
         if validation_is_next:
             needed += 1.2 * self._longest_validation
         return self._end is not None and time.time() + needed > self._end
+
+
+def _heeded() -> list[signal.Signals]:
+    """Return the signals that are taken over: a SIGHUP that nohup has turned off stays so."""
+    return [number for number in NOTES if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
 
 
 def _stop(trainer: pl.Trainer) -> None:

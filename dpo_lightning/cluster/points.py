@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 POINTS = {
-    "setup", "data.next", "step.begin", "forward", "forward.end", "loss", "gradient", "backward.begin", "backward.end",
-    "update.begin", "update.end", "step.end", "log", "val.mid", "reference.batch", "load.mid", "save.gather",
-    "save.begin", "save.after_file", "save.before_manifest", "save.before_rename", "save.after_rename",
+    "launch", "setup", "data.next", "step.begin", "forward", "forward.end", "loss", "gradient", "backward.begin",
+    "backward.end", "update.begin", "update.end", "step.end", "log", "val.mid", "reference.batch", "load.mid",
+    "save.gather", "save.begin", "save.after_file", "save.before_manifest", "save.before_rename", "save.after_rename",
     "retain.before_delete",
 }  # fmt: skip
 KEYS = {"at", "do", "rank", "step", "nth", "once"}

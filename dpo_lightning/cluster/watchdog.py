@@ -75,6 +75,7 @@ class Watchdog(pl.Callback):
                 start()
             finally:
                 self._children, launcher.procs = launcher.procs, []  # the observer of none ends at once
+            points.at("launch", 0)
             self._begin()
 
         launcher._call_children_scripts = start_and_watch  # type: ignore[method-assign]
@@ -171,6 +172,7 @@ class Watchdog(pl.Callback):
         began = time.monotonic()
         ends = over.wait(BEAT)
         late, place = max(0.0, time.monotonic() - began - BEAT), points.here()
+        late = min(late, time.monotonic() - place.since)  # what lies before a point is not waited for there
         self._stopped = late + (self._stopped if place == self._place else 0.0)
         self._place = place
         return ends
@@ -178,7 +180,7 @@ class Watchdog(pl.Callback):
     def _limit(self) -> float:
         """Return how many seconds may lie between two points; a model may take longer to load than a step."""
         limit = math.inf if self.hang_seconds is None else self.hang_seconds
-        return max(limit, LOADING) if points.here().point in ("start", "setup") else limit
+        return max(limit, LOADING) if points.here().point in ("launch", "setup") else limit
 
     def _behind(self) -> str:
         try:

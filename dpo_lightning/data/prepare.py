@@ -30,6 +30,7 @@ VERSION = 6  # part of the key: raise it when the same rows would give other ids
 TOKENIZER_BATCH = 1000
 SIDES = ("prompt", "chosen", "rejected")
 SHOWN = 5  # bad rows that are named before the rest is counted
+LOCKLESS = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)  # what a file system without locks answers
 REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}  # a write, by the disk
 
 
@@ -134,7 +135,11 @@ def _alone(lock: Path) -> Iterator[None]:
     """Wait for other processes that are in the same body with the same file."""
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in LOCKLESS:
+                raise
         yield
 
 

@@ -133,20 +133,21 @@ class ModelSource:
         return str(Path(self.name).absolute()) if Path(self.name).is_dir() else self.name
 
     def weights_digest(self) -> str:
-        """Return a text that changes with any weight and with the architecture.
+        """Return a text that changes with any weight, and with nothing else that lies beside the weights.
 
-        A file that has not changed since it was read is not read again. Raises UserError where there are none.
+        A file that has not changed since it was read is not read again. Raises UserError where there are no weights.
         """
+        digests = [_digest(file, file.stat().st_mtime_ns) for file in _weight_files(self._local())]
+        return hashlib.sha256(" ".join(digests).encode()).hexdigest()
+
+    def digest(self) -> str:
+        """Return a text that changes with any weight and with the configuration. Raises as `weights_digest` does."""
+        config = (self._local() / "config.json").read_bytes()
+        return hashlib.sha256(self.weights_digest().encode() + config).hexdigest()
+
+    def _local(self) -> Path:
         folder = Path(self.folder())
-        if not folder.is_dir():
-            folder = Path(str(cached_file(self.name, "config.json"))).parent
-        digest = hashlib.sha256()
-        weights = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
-        if not weights:
-            raise UserError(f"model.name={self.name}: no *.safetensors or *.bin in {folder} to know the weights by")
-        for file in [*weights, folder / "config.json"]:
-            digest.update(file.name.encode() + bytes.fromhex(_digest(file, file.stat().st_mtime_ns)))
-        return digest.hexdigest()
+        return folder if folder.is_dir() else Path(str(cached_file(self.name, "config.json"))).parent
 
     def _random_config(self) -> Any:
         assert self.architecture is not None, "config.check demands an architecture"
@@ -170,6 +171,16 @@ class ModelSource:
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         _save(model, folder)
         self.load_tokenizer().save_pretrained(folder)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Return the files that `from_pretrained` takes the weights from; others may lie beside them."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return [folder / name]
+        if (index := folder / f"{name}.index.json").is_file():
+            return [folder / part for part in sorted({*json.loads(index.read_text())["weight_map"].values()})]
+    raise UserError(f"model: neither model.safetensors nor pytorch_model.bin in {folder} to know the weights by")
 
 
 @functools.cache

@@ -48,6 +48,18 @@ def test_a_model_that_was_moved_is_the_same(base, tmp_path, cli):
     assert cli(*words(base), f"run_dir={run}", "trainer.max_steps=1") == 0
     base.rename(tmp_path / "moved")
     assert cli(*words(tmp_path / "moved"), f"run_dir={run}", "trainer.max_steps=2", "resume_allow=[model.name]") == 0
+    noted = [json.loads(file.read_text())["base"] for file in run.glob("checkpoints/step-*/manifest.json")]
+    assert len(noted) == 2 and noted[0] == noted[1]
+
+
+def test_what_lies_beside_the_weights_is_not_the_base(base, tmp_path, cli):
+    line = [*words(base), f"run_dir={tmp_path / 'run'}"]
+    assert cli(*line, "trainer.max_steps=1") == 0
+    (base / "pytorch_model.bin").write_bytes(b"the same weights for other programs")
+    (base / "training_args.bin").touch()
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"transformers_version": "5.99"}))
+    assert cli(*line, "trainer.max_steps=2") == 0
 
 
 def test_a_checkpoint_that_does_not_say_is_gone_on_from(base, tmp_path, cli):

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from dpo_lightning.checkpoints import resume
+from dpo_lightning.checkpoints import resume, starts
 from dpo_lightning.checkpoints.changes import compare_config
 from dpo_lightning.checkpoints.folder import step_of, verify
 from dpo_lightning.checkpoints.resume import newest, to_resume
@@ -218,6 +218,14 @@ def test_a_manifest_has_size_and_sha256_of_each_file(entry, run):
     assert verify(file.parent) == "manifest.json does not hold bytes and sha256 of state.ckpt"
 
 
+def test_a_name_that_no_file_can_have_is_a_broken_checkpoint(run):
+    file = run / "checkpoints" / NEW / "manifest.json"
+    content = json.loads(file.read_text())
+    content["files"]["a" * 300] = content["files"]["state.ckpt"]
+    file.write_text(json.dumps(content))
+    assert verify(file.parent) == f"{'a' * 300} cannot be read: File name too long"
+
+
 def test_a_file_that_no_manifest_names_does_no_harm(run):
     (run / "checkpoints" / NEW / "pinned").touch()
     assert verify(run / "checkpoints" / NEW) is None
@@ -330,10 +338,13 @@ def test_a_path_is_taken_or_refused_with_the_reason(run, tmp_path, monkeypatch):
 
 def test_a_line_that_is_started_again_goes_on_from_what_descends_from_the_one_it_names(run, tmp_path):
     old, new = (run / "checkpoints" / name for name in (OLD, NEW))
-    assert to_resume(str(old), run) == old / "state.ckpt", "another line goes back"
-    assert to_resume(str(old), run, again=True) == new / "state.ckpt"
+    rows = [{"start": 0}, {"begun": 8, "line": "a"}, {"start": 8}, {"begun": 8, "line": "b"}, {"end": 2}]
+    (run / starts.STARTS).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    for line in ("", "b", "c"):
+        assert to_resume(str(old), run, line=line) == old / "state.ckpt", "another line goes back"
+    assert to_resume(str(old), run, line="a") == new / "state.ckpt"
     shutil.rmtree(old)
-    assert to_resume(str(old), run, again=True) == new / "state.ckpt"
+    assert to_resume(str(old), run, line="a") == new / "state.ckpt"
     with pytest.raises(UserError, match=f"{OLD}: no such checkpoint"):
         to_resume(str(old), run)
     (run / resume.ORIGIN).write_text(str(tmp_path / "gone" / "checkpoints" / OLD))
@@ -342,7 +353,7 @@ def test_a_line_that_is_started_again_goes_on_from_what_descends_from_the_one_it
         to_resume(str(tmp_path / "gone" / "checkpoints" / NEW), run)
     later = run / "checkpoints" / "step-00000099"
     with pytest.raises(UserError, match="no such checkpoint"):  # nothing here descends from it
-        to_resume(str(later), run, again=True)
+        to_resume(str(later), run, line="a")
 
 
 @pytest.mark.parametrize("name", ["state.ckpt", "manifest.json"])

@@ -7,13 +7,15 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import pytest
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from dpo_lightning.checkpoints.resume import to_resume
@@ -231,18 +233,21 @@ def test_a_run_that_is_given_up_ends_though_nothing_can_be_told_and_writes_its_c
 
 @pytest.mark.parametrize("goes_on", [True, False], ids=["goes on", "hangs"])
 def test_the_time_that_a_process_was_stopped_for_is_no_hang(goes_on):
-    there, here = os.pipe()
+    (there, here), (ready, watches) = os.pipe(), os.pipe()
     if not (child := os.fork()):
         os.close(here)
-        watchdog = Watchdog(4, 2.0)
+        watchdog = Watchdog(6, 2.0)
+        tell = watchdog.signs.tell
+        watchdog.signs.tell = lambda: (tell(), os.write(watches, b"."))[0]  # a beat has been: the watch goes on
         points.at("data.next", 0)
-        threading.Thread(target=watchdog._watch, args=(watchdog._over,), daemon=True).start()
+        watchdog._begin()
         os.read(there, 1)  # until the test lets it go on
         os._exit(0)
     os.close(there)
-    time.sleep(0.5)
+    os.read(ready, 1)
+    time.sleep(0.2)
     os.kill(child, signal.SIGSTOP)
-    time.sleep(6)
+    time.sleep(9)
     os.kill(child, signal.SIGCONT)
     time.sleep(1.5)
     if goes_on:
@@ -250,6 +255,27 @@ def test_the_time_that_a_process_was_stopped_for_is_no_hang(goes_on):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == (0 if goes_on else LOST)
     if not goes_on:
         os.close(here)
+
+
+def test_what_comes_before_the_ranks_are_started_is_no_hang(monkeypatch):
+    """Such as half an hour of tokenising."""
+    launcher = SubprocessLauncher()
+    monkeypatch.setattr(points, "_place", points.Place("start", 0, 0, time.monotonic() - 7200))
+    watchdog = Watchdog(1800, 2.0)
+    watchdog.take_over(cast(Any, SimpleNamespace(strategy=SimpleNamespace(launcher=launcher))))
+    launcher._call_children_scripts()
+    assert time.monotonic() - points.here().since < 60 and watchdog._limit() == 1800
+    watchdog.end()
+
+
+class SubprocessLauncher(_SubprocessScriptLauncher):
+    """Starts nobody."""
+
+    def __init__(self):
+        self.procs = []
+
+    def _call_children_scripts(self):
+        pass
 
 
 def test_a_model_may_take_longer_to_load_than_a_step():

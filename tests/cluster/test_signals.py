@@ -36,6 +36,7 @@ CASES = [
     (signal.SIGTERM, "both", "save.gather", 4, 5),
     (signal.SIGUSR1, "1", "val.mid", 4, 5),
     (signal.SIGUSR1, "0", "update.begin", 9, 10),  # leaves the last validation to the next start, too
+    (signal.SIGHUP, "both", "backward.end", 5, 6),
     (signal.SIGINT, "1", "log", 2, 2),  # before the ranks agree upon what step 2 brought
 ]
 
@@ -210,6 +211,18 @@ def test_signals_from_the_answers_to_the_end_of_the_loggers_do_not_keep_a_run_fr
     assert (run / "adapter" / "adapter_model.safetensors").exists()
     assert not list(run.glob(".adapter-*"))
     assert '"end": 0' in (run / "starts.jsonl").read_text()
+
+
+def test_a_terminal_that_is_closed_does_nothing_under_nohup():
+    interrupt = Interrupt()
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with interrupt.installed(), interrupt.stoppable():
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert interrupt.signal is None
 
 
 def test_what_comes_after_the_first_signal_changes_nothing():

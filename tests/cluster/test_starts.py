@@ -53,6 +53,22 @@ def test_a_line_that_goes_back_goes_on_when_it_is_started_again_as_it_was(tmp_pa
     assert "step-00000004: no such checkpoint; give an existing one" in output
 
 
+def test_a_line_that_was_cut_short_before_it_had_gone_back_goes_back(tmp_path, cli, monkeypatch):
+    line = [*WORDS, f"run_dir={tmp_path}", "checkpoint.keep_last=null"]
+    assert cli(*line) == 0
+    back = [*line, f"resume={tmp_path / 'checkpoints' / 'step-00000004'}"]
+
+    def refused(*args):
+        raise OSError("the later ones cannot be renamed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dpo_lightning.train.undo_later", refused)
+        assert cli(*back) == 2
+    assert cli(*back) == 0
+    assert [row["start"] for row in read(tmp_path) if "start" in row] == [0, 4]
+    assert (tmp_path / "checkpoints" / "undone-step-00000006").is_dir()
+
+
 def rows_of(*rows):
     return "".join(json.dumps(row) + "\n" for row in rows)
 

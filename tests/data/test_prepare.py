@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import random
@@ -233,6 +234,17 @@ def test_a_damaged_table_is_told_of_and_made_again(
 def told_of(cache: Path, why: str) -> str:
     remedy = "free space or set DPO_LIGHTNING_CACHE to another folder"
     return re.escape(f"the cache {cache} cannot be written ({why}); {remedy}") + "$"
+
+
+@pytest.mark.filterwarnings("ignore:flock not supported")  # datasets' own lock is a file then
+def test_a_file_system_without_locks_is_no_obstacle(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*args: Any) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    assert len(made(source(tmp_path, ROWS), tokenizer)[0]) == 6
 
 
 def test_a_cache_that_cannot_be_written_is_told_in_a_line(
