@@ -84,7 +84,7 @@ def begin(verb: str, cfg: DictConfig, run_dir: Path, sweep: bool) -> int:
 
         return (train.train if trains else train.only_check)(cfg, run_dir, resume, sweep)
     except (UserError, HydraException, OmegaConfBaseException, KeyboardInterrupt) as error:
-        if trains and first and lock.is_held(run_dir):  # nothing that another start would repeat
+        if trains and first and not isinstance(error, lock.Taken):  # nothing that another start would repeat
             note(run_dir, end=INTERRUPTED if isinstance(error, KeyboardInterrupt) else USER_ERROR)
         raise
 

@@ -170,8 +170,7 @@ def open_run(cfg: DictConfig, run_dir: Path, trainer: pl.Trainer, resume: Path |
     """Make the run folder with the resolved configuration, and start the loggers; return the run's id."""
     run_dir.mkdir(parents=True, exist_ok=True)
     if lock.take(run_dir) and run_id(run_dir) is not None:  # what was decided on an absent folder
-        lock.let_go(run_dir)
-        raise UserError(f"run_dir={run_dir}: another process has trained there meanwhile; start again")
+        raise lock.Taken(f"run_dir={run_dir}: another process has trained there meanwhile; start again")
     known = id_of(run_dir, resume)
     OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
     remove_leftovers(run_dir / "checkpoints")

@@ -20,10 +20,14 @@ PATIENCE = 90.0  # seconds that a job which SLURM has started again waits for it
 _held: dict[Path, int] = {}
 
 
+class Taken(UserError):
+    """The folder is another process': nothing is written there, not even of this one's end."""
+
+
 def take(run_dir: Path) -> bool:
     """Hold the lock of a folder that is there, until `let_go`; return whether it was not held before.
 
-    Raises UserError where another process holds it.
+    Raises Taken where another process holds it.
     """
     if run_dir in _held or not run_dir.is_dir():
         return False
@@ -41,11 +45,6 @@ def take(run_dir: Path) -> bool:
         os.truncate(file, 0)
         os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
     return True
-
-
-def is_held(run_dir: Path) -> bool:
-    """Return whether this process holds the lock of a folder."""
-    return run_dir in _held
 
 
 def is_restarted() -> bool:
@@ -67,7 +66,7 @@ def _wait(file: int, run_dir: Path) -> None:
                 raise
         if time.monotonic() >= deadline:
             who = os.pread(file, 200, 0).decode(errors="replace") or "another process"
-            raise UserError(
+            raise Taken(
                 f"run_dir={run_dir}: {who} trains there; wait for its end, or choose another folder; "
                 f"if its machine is gone, remove {run_dir / LOCK}"
             )

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import pytest
 
 from dpo_lightning.checkpoints import lock
+from dpo_lightning.checkpoints.starts import read
 from dpo_lightning.types import UserError
 from tests.ranks import ROOT, TINY
 
@@ -74,6 +75,7 @@ def test_a_run_that_was_made_since_it_was_looked_for_is_left_alone(tmp_path, cli
     assert f"run_dir={run}: another process has trained there meanwhile; start again" in capsys.readouterr().err
     assert [row["step"] for row in metrics(run) if "train/loss" in row] == [1, 2]
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000002"]
+    assert [row["end"] for row in read(run) if "end" in row] == [0]
 
 
 def test_a_disk_that_takes_no_word_of_who_holds_it_is_no_obstacle(tmp_path, monkeypatch):
