@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -167,6 +168,7 @@ def main(runs: list[list[str]]) -> list[int]:
     from dpo_lightning.cluster import points
 
     finish.write_report = lambda run_dir: run_dir / "report.html"  # half of such a short run's time
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may be under nohup, which turns it off
     codes = []
     for words in runs:
         GlobalHydra.instance().clear()

@@ -35,7 +35,7 @@ def test_every_point_is_passed_by_a_run_that_is_resumed(tmp_path, cache):
         [sys.executable, "-c", RECORD, runs], env=environment(tmp_path), capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert {*json.loads(done.stdout.splitlines()[-1])} == points.POINTS
+    assert {*json.loads(done.stdout.splitlines()[-1])} == points.POINTS - {"launch"}  # where ranks are started
 
 
 @pytest.mark.parametrize(
