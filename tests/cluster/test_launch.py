@@ -122,4 +122,6 @@ def test_a_signal_to_all_while_the_second_rank_imports_ends_both_with_its_code(n
     os.killpg(process.pid, number)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == code, output
-    assert f"{number.name} while the ranks were starting: rank 1 (pid" in output
+    early = f"{number.name} while the ranks were starting: rank 1 (pid" in output
+    # what is imported may swallow the exception that Ctrl-C raises: then the ranks meet, and stop together
+    assert early or (number == signal.SIGINT and "no step was made" in output), output
