@@ -35,7 +35,7 @@ class Base(pl.Callback):
             now = self.digest() if trainer.is_global_zero else ""
         except UserError as error:
             failed = str(error)
-        failed, now = gather_texts(f"{failed}\n{now}", trainer.strategy.root_device)[0].split("\n")
+        failed, now = json.loads(gather_texts(json.dumps([failed, now]), trainer.strategy.root_device)[0])
         if failed:
             raise UserError(failed)
         then = json.loads((self.resume.parent / MANIFEST).read_bytes()).get("base") if self.resume is not None else None

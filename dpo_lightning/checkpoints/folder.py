@@ -73,10 +73,8 @@ def verify(folder: Path) -> str | None:
         return reason
     try:
         manifest = json.loads(file.read_bytes())
-    except PermissionError:
-        raise
     except OSError as error:
-        return f"{MANIFEST} cannot be read: {error.strerror}"
+        return _unread(MANIFEST, error)
     except (ValueError, RecursionError):
         return f"{MANIFEST} is not JSON"
     files = manifest.get("files") if isinstance(manifest, dict) else None
@@ -119,10 +117,8 @@ def _wrong_file(file: Path, bytes: int, sha256: str) -> str | None:
             return f"{file.name} is {'truncated' if size < bytes else 'too long'}: {size} of {bytes} bytes"
         if digest(file) != sha256:
             return f"{file.name}: its content differs from its sha256"
-    except PermissionError:
-        raise
     except OSError as error:
-        return f"{file.name} cannot be read: {error.strerror}"
+        return _unread(file.name, error)
     return None
 
 
@@ -132,11 +128,16 @@ def _absence(file: Path) -> str | None:
         file.lstat()
     except (FileNotFoundError, NotADirectoryError):
         return f"{file.name} is missing"
-    except PermissionError:
-        raise
     except OSError as error:
-        return f"{file.name} cannot be read: {error.strerror}"
+        return _unread(file.name, error)
     return None if file.is_file() else f"{file.name} is not a file"
+
+
+def _unread(name: str, error: OSError) -> str:
+    """Tell of a file that the disk does not give; raise the error where it is the account that may not read it."""
+    if isinstance(error, PermissionError):
+        raise error
+    return f"{name} cannot be read: {error.strerror}"
 
 
 def digest(file: Path) -> str:

@@ -51,7 +51,8 @@ def to_resume(resume: str, run_dir: Path, tidy: bool = True, line: str = "") -> 
 def _by_name(resume: str, run_dir: Path, tidy: bool, line: str) -> Path:
     folder = _named(resume, run_dir)
     own = folder.parent.parent == run_dir
-    if is_repeated(run_dir, line) if own else _origin(run_dir) == str(folder):  # a requeued job's
+    begun = not own and _origin(run_dir) == str(folder)
+    if begun or (own and is_repeated(run_dir, line)):  # a requeued job's
         found = newest(run_dir, tidy)
         _refuse_links(run_dir, found)
         if found is not None and step_of(found) >= (step_number(folder) or 0):
@@ -62,7 +63,7 @@ def _by_name(resume: str, run_dir: Path, tidy: bool, line: str) -> Path:
         raise UserError(
             f"resume={resume}: not a whole checkpoint, {reason}; give a folder like RUN_DIR/checkpoints/step-00000012"
         )
-    if not own and _origin(run_dir) != str(folder) and (newest(run_dir, tidy) is not None or _has_trained(run_dir)):
+    if not own and not begun and (newest(run_dir, tidy) is not None or _has_trained(run_dir)):
         raise UserError(
             f"run_dir={run_dir}: holds a run that was not begun from resume={folder}; choose another folder"
         )

@@ -47,7 +47,7 @@ class ReferenceCache(pl.Callback):
 
     Args:
         folder: of the store.
-        weights_digest: -> digest of the reference's weights, called on rank 0.
+        weights_digest: -> digest of the reference's weights and configuration, called on rank 0.
         interrupt: ends the pass after a batch; what was computed is kept.
 
     """
