@@ -71,7 +71,8 @@ class LoraLinear(Linear):
         """Return whether the base is a plain frozen layer whose weight lies here."""
         return (
             type(base) is nn.Linear
-            and not any(p.requires_grad for p in base.parameters())
+            and not base.weight.requires_grad
+            and not (base.bias is not None and base.bias.requires_grad)
             and not hasattr(base.weight, "ds_id")  # ZeRO-3 gathers it for its own module's forward alone
         )
 

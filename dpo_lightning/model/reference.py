@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dpo_lightning.model.layout import set_layout
 from dpo_lightning.model.logps import pair_logps
+from dpo_lightning.model.lora import adapter_off
 from dpo_lightning.types import Batch, PairLogps, UserError
 
 
@@ -26,12 +27,12 @@ class AdapterOff(nn.Module):
     @torch.no_grad()
     def pair_logps(self, policy: Any, batch: Batch) -> PairLogps:
         """Return the batch's log-probabilities under the policy without its adapter."""
-        with policy.disable_adapter():
+        with adapter_off(policy):
             return pair_logps(policy, batch)
 
     def generator(self, policy: Any) -> tuple[Any, Any]:
         """Return the model that generates the reference's answers, and the context it does so in."""
-        return policy, policy.disable_adapter()
+        return policy, adapter_off(policy)
 
 
 class FrozenCopy(nn.Module):

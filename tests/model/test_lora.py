@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import Linear
 from torch import nn
 
-from dpo_lightning.model.lora import add_lora
+from dpo_lightning.model.lora import adapter_off, add_lora
 from dpo_lightning.model.lora_linear import AddedProduct, LoraLinear
 from dpo_lightning.types import UserError
 from tests.model.test_layout import SMALL, model_of
@@ -58,12 +58,27 @@ def test_every_adapted_layer_is_ours_and_the_adapter_off_is_the_base(model, monk
     adapted = [m for m in model.modules() if isinstance(m, Linear)]
     assert len(adapted) == 4 * 7 and all(type(m) is LoraLinear for m in adapted)
     layer = layer_of(model)
-    with model.disable_adapter():
+    with adapter_off(model):
         assert torch.equal(layer(X), layer.base_layer(X))
     used = []
     monkeypatch.setattr(AddedProduct, "apply", lambda *args: used.append(args) or nn.functional.linear(*args[:3]))
     layer(X)
     assert len(used) == 1
+
+
+def test_the_adapter_off_is_pefts_own_and_is_on_again_after_an_error(model):
+    ids = torch.arange(1, 9)[None]
+    with_it = model(input_ids=ids).logits
+    with torch.no_grad(), model.disable_adapter():
+        base = model(input_ids=ids).logits
+    with torch.no_grad(), adapter_off(model):
+        assert torch.equal(model(input_ids=ids).logits, base) and not torch.equal(base, with_it)
+        with adapter_off(model):
+            pass
+        assert torch.equal(model(input_ids=ids).logits, base)  # the outer one holds still
+    with pytest.raises(RuntimeError), adapter_off(model):
+        raise RuntimeError
+    assert torch.equal(model(input_ids=ids).logits, with_it)
 
 
 def test_what_is_not_plain_is_left_to_peft(model, monkeypatch):
