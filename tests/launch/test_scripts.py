@@ -42,7 +42,7 @@ ARRAY = {**JOB, "SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "3"}
 SIZE = ["trainer.num_nodes=1", "trainer.devices=2"]
 CHECK, PREFLIGHT, TRAIN = range(3)  # the steps of a job
 AGAIN = {1, 4, 134, 137, 138, 139}
-FOR_GOOD = {0, 2, 3, 5, 6, 127, 130, 143}
+FOR_GOOD = {0, 2, 3, 5, 6, 127, 129, 130, 143}
 
 
 class Ended(NamedTuple):
