@@ -26,7 +26,7 @@ from dpo_lightning.data.sources import Source
 from dpo_lightning.data.tokenize import tokenize_pairs
 from dpo_lightning.types import Pair, UserError
 
-VERSION = 6  # part of the key: raise it when the same rows would give other ids
+VERSION = 7  # part of the key: raise it when the same rows would give other ids
 TOKENIZER_BATCH = 1000
 SIDES = ("prompt", "chosen", "rejected")
 SHOWN = 5  # bad rows that are named before the rest is counted

@@ -8,8 +8,15 @@ from typing import Any, NamedTuple
 
 from dpo_lightning.types import Message, Pair, UserError
 
-# Llama 3's template writes today's date into every prompt unless it is given one: the day must not change the data.
-TEMPLATE_DATE = "26 Jul 2024"
+# Templates of Llama 3, SmolLM3, Granite, GPT-OSS and Mistral write today's date into every prompt by `strftime_now`,
+# and the day must not change the data. It is that of Llama 3's template where nobody tells it one.
+DAY = {"%d": "26", "%m": "07", "%b": "Jul", "%B": "July", "%Y": "2024", "%y": "24", "%A": "Friday", "%a": "Fri",
+       "%H": "12", "%M": "00", "%S": "00"}  # fmt: skip
+FIXED_DAY = (  # a macro in place of transformers' function; the '' keeps a newline that the template begins with
+    "{% macro strftime_now(form) %}{{ form"
+    + "".join(f" | replace('{code}', '{part}')" for code, part in DAY.items())
+    + " }}{% endmacro %}{{ '' }}"
+)
 
 
 class Tokens(NamedTuple):
@@ -85,20 +92,30 @@ def _apply(
 ) -> tuple[str, str, str]:
     """Render all three alike: as they are, or else with equal roles joined, or else with the system turn, too."""
     given = (prompt, chosen, rejected)
+    template = _template(tokenizer)
     reason: Exception | None = None
     for merge in (list, _merge, partial(_merge, system=True)):
         try:
             p, c, r = (
                 tokenizer.apply_chat_template(
-                    merge(turns), tokenize=False, add_generation_prompt=turns is prompt, date_string=TEMPLATE_DATE
+                    merge(turns), chat_template=template, tokenize=False, add_generation_prompt=turns is prompt
                 )
                 for turns in given
-            )  # fmt: skip
+            )
             return p, c, r
         except Exception as error:  # jinja raises what the template's author chose
             reason = reason or error
     roles = ", ".join(turn["role"] for turn in chosen)
     raise UserError(f"the chat template refuses the roles {roles} ({reason}); remove such rows") from None
+
+
+def _template(tokenizer: Any) -> str:
+    """Return the chat template, with a fixed day where it asks for today's."""
+    try:
+        template = tokenizer.get_chat_template()
+    except ValueError as error:  # there are several, and none is the default
+        raise UserError(f"model.tokenizer: {error}") from None
+    return FIXED_DAY + template if "strftime_now" in template else template
 
 
 def _merge(turns: list[Message], system: bool = False) -> list[Message]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -186,12 +187,29 @@ def test_completions_that_open_alike_keep_their_opening(plain_tokenizer: Any) ->
     assert texts(tokens, plain_tokenizer) == ("<|bos|>Why? ", "Yes<|end|>", "Yes, sir<|end|>")
 
 
-def test_the_day_is_not_in_the_data(tokenizer: Any) -> None:
-    tokenizer.chat_template = (
-        "{{ bos_token }}{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}"
-        "{% for m in messages %}{{ m['content'] }}<|end|>{% endfor %}"
-    )
+LLAMA = (  # the opening of Llama 3.2's template
+    "{% if not date_string is defined %}{% if strftime_now is defined %}"
+    "{% set date_string = strftime_now('%d %b %Y') %}"
+    "{% else %}{% set date_string = '26 Jul 2024' %}{% endif %}{% endif %}{{ date_string }}"
+)
+
+
+MACRO = "{% macro opening() %}{{ strftime_now('%d %b %Y') }}{% endmacro %}{{ opening() }}"  # as GPT-OSS asks for it
+
+
+@pytest.mark.parametrize("date", [LLAMA, MACRO])
+def test_the_day_is_not_in_the_data(date: str, tokenizer: Any) -> None:
+    tokenizer.chat_template = "{{ bos_token }}" + date + "{% for m in messages %}{{ m['content'] }}<|end|>{% endfor %}"
     assert texts(one(Pair("Why?", "So.", "No!"), tokenizer), tokenizer)[0] == "<|bos|>26 Jul 2024Why?<|end|>"
+
+
+@pytest.mark.parametrize("form", ["%Y-%m-%d", "%B %d, %Y", "%A, %d %b %y", "%a %H:%M:%S"])
+def test_the_fixed_day_is_written_as_the_template_wants_it(form: str, tokenizer: Any) -> None:
+    tokenizer.chat_template = (
+        "\n {{ strftime_now('" + form + "') }}|{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    )
+    told = datetime(2024, 7, 26, 12).strftime(form)
+    assert texts(one(Pair("Why?", "So.", "No!"), tokenizer), tokenizer)[0] == f"\n {told}|Why?"
 
 
 def gemma(tokenizer: Any) -> Any:
