@@ -51,6 +51,7 @@ class Interrupt(pl.Callback):
         self.words = Words()
         self._end_of_job, self._save_seconds = end_of_job, save_seconds
         self._end: float | None = None
+        self._interrupted = False
         self._left_out = False
         self._step = 0
         self._since, self._longest = time.monotonic(), 0.0  # of a step, in seconds
@@ -108,12 +109,14 @@ class Interrupt(pl.Callback):
             signal.signal(number, self._request)
 
     def _request(self, number: int, frame: Any) -> None:
+        again = self._interrupted and number == signal.SIGINT
+        self._interrupted |= number == signal.SIGINT
         if self.signal is None:
             self.signal = number
             with suppress(OSError):  # a log on a full disk, a pipe that nobody reads: the step goes on
                 # print may be what the signal has interrupted
                 os.write(2, COMPLETE if self.complete else NOTES[signal.Signals(number)])
-        elif number == signal.SIGINT and not self.stopping:
+        elif again and not self.stopping:
             os._exit(INTERRUPTED)  # checkpoints are published by one rename: none is torn
 
     def setup(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:

@@ -19,6 +19,7 @@ from dpo_lightning.cluster.ranks import Words
 from dpo_lightning.types import Batch, PairLogps
 
 Score = Callable[[Batch], PairLogps]
+NO_PARTS = 2  # a rank's word: out of memory with a single pair; 1: with several, 0: not at all
 
 
 class Parts:
@@ -43,10 +44,11 @@ class Parts:
                     raise
                 scores, failed = None, str(error).splitlines()[0]
             points.at("forward.end")  # from here on a rank waits for the others
-            if not self._words.highest(bool(failed)):
+            own = NO_PARTS if failed and self.count >= len(batch) else bool(failed)
+            if not (worst := self._words.highest(own)):
                 assert scores is not None
                 return scores
-            if self.count >= len(batch):
+            if worst == NO_PARTS:
                 raise TooLarge(f"a single pair does not fit into the device's memory ({failed or 'on another rank'}); "
                                "use a smaller data.max_length, or model.gradient_checkpointing=true")  # fmt: skip
             scores = None

@@ -230,7 +230,8 @@ def test_what_comes_after_the_first_signal_changes_nothing():
     with interrupt.installed():
         os.kill(os.getpid(), signal.SIGUSR1)
         os.kill(os.getpid(), signal.SIGTERM)
-        interrupt.stopping = True  # from here on a Ctrl-C does not kill either
+        os.kill(os.getpid(), signal.SIGINT)  # the first Ctrl-C; a second would kill
+        interrupt.stopping = True  # from here on that does not kill either
         os.kill(os.getpid(), signal.SIGINT)
     assert interrupt.signal == signal.SIGUSR1
 

@@ -1,12 +1,14 @@
 """A forward pass that does not fit is made in parts by all ranks: the same pairs, the same loss, the same gradient."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from dpo_lightning.checkpoints.folder import STATE
+from dpo_lightning.cluster.exits import TooLarge
 from dpo_lightning.training.parts import Parts, split
 from dpo_lightning.types import Batch, PairLogps
 from tests.ranks import TINY, fault, rows, run_ranks, trace, traced
@@ -69,6 +71,21 @@ def test_the_parts_are_the_batch(count):
         == np.arange(6.0).reshape(3, 2).tolist()
     )
     assert all(len(part.ids_T) == int(part.lengths_B3.sum()) for part in parts)
+
+
+@pytest.mark.parametrize(("others", "pairs"), [(1, 1), (1, 3)])
+def test_a_rank_that_has_few_pairs_goes_on_where_another_needs_parts(others, pairs, monkeypatch):
+    parts, told = Parts(), []
+    said = iter([others, 0])  # of the other rank: out of memory at first, then not
+    monkeypatch.setattr(parts._words, "highest", lambda own: max(own, next(said)))
+    trainer = SimpleNamespace(strategy=None, global_step=0, lightning_module=SimpleNamespace(print=told.append))
+    batch = Batch(torch.arange(4 * pairs), torch.tensor([[2, 1, 1]] * pairs), torch.arange(pairs), pairs)
+    score = partial(lambda scale, part: PairLogps(*(scale * torch.ones(4, len(part)))), torch.ones(1))
+    policy, _ = parts.score(trainer, batch, score, score)
+    assert (len(policy.chosen), parts.count) == (pairs, 2) and "made in 2 parts" in told[0]
+    with pytest.raises(TooLarge, match="on another rank"):
+        monkeypatch.setattr(parts._words, "highest", lambda own: 2)
+        parts.score(trainer, batch, score, score)
 
 
 def test_a_resumed_run_goes_on_in_parts(runs):
