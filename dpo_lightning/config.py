@@ -144,7 +144,7 @@ CHECKS: dict[str, Check] = {
     "optim.weight_decay": NOT_NEGATIVE,
     "optim.schedule": _one_of("cosine", "linear", "constant"),
     "optim.warmup_fraction": SHARE,
-    "trainer.accelerator": _one_of("auto", "cpu", "gpu", "cuda", "mps"),
+    "trainer.accelerator": _one_of("auto", "cpu", "gpu", "cuda"),
     "trainer.devices": DEVICES,
     "trainer.num_nodes": COUNT,
     "trainer.precision": _one_of("auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true"),
@@ -238,7 +238,8 @@ def run_dir_of(cfg: DictConfig, job: int | None = None) -> Path:
     """
     if cfg.run_dir is not None:
         return Path(cfg.run_dir, "" if job is None else str(job)).absolute()
-    if "DPO_LIGHTNING_RUN_DIR" in os.environ and "LOCAL_RANK" in os.environ:
+    # Of a sweep's earlier trial both can be left: Lightning sets LOCAL_RANK in the first process, too.
+    if job is None and "DPO_LIGHTNING_RUN_DIR" in os.environ and "LOCAL_RANK" in os.environ:
         return Path(os.environ["DPO_LIGHTNING_RUN_DIR"])
     slurm = os.environ.get("SLURM_ARRAY_JOB_ID", os.environ.get("SLURM_JOB_ID"))
     task = os.environ.get("SLURM_ARRAY_TASK_ID")

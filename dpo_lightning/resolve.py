@@ -19,6 +19,7 @@ from dpo_lightning.training.devices import (
     choose_strategy,
     count_devices,
     memory_of_device,
+    resolve_accelerator,
     resolve_deterministic,
     state_bytes,
 )
@@ -36,6 +37,7 @@ def resolve(cfg: DictConfig, source: ModelSource, data: PreferenceData, sweep: b
     """Replace every `auto` of the configuration by what it stands for; return the strategy and the reason for it."""
     full = "r" not in cfg.lora
     trainer = cfg.trainer
+    trainer.accelerator = resolve_accelerator(trainer.accelerator)
     trainer.precision = resolve_precision(trainer.precision, trainer.accelerator)
     trainer.deterministic = resolve_deterministic(trainer.deterministic, trainer.accelerator)
     cfg.optim.lr = resolve_lr(cfg.optim.lr, full)

@@ -6,9 +6,11 @@ import sqlite3
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
 from dpo_lightning import __main__ as program
 from dpo_lightning.cluster.exits import RankLost, WrongNumbers
+from dpo_lightning.config import run_dir_of
 from dpo_lightning.types import UserError
 
 WORDS = [
@@ -86,6 +88,16 @@ def test_each_trial_has_a_folder_of_its_own_in_run_dir(cli, tmp_path, monkeypatc
     monkeypatch.setenv("WANDB_SWEEP_ID", "abc")  # whose trials are processes of their own
     cli("run_dir=mine", *WORDS)
     assert [(run_dir, sweep) for run_dir, _, sweep in begun] == [(tmp_path / "mine", True)]
+
+
+def test_a_trial_on_a_strategy_of_several_devices_has_its_own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DPO_LIGHTNING_RUN_DIR", raising=False)
+    cfg = OmegaConf.create({"run_dir": None})
+    first = run_dir_of(cfg, 0)
+    monkeypatch.setenv("LOCAL_RANK", "0")  # as Lightning leaves it, of ddp with one device
+    assert run_dir_of(cfg, 1) != first
+    assert run_dir_of(cfg) == run_dir_of(cfg), "a rank's is that of the process that has started it"
 
 
 def test_a_sweep_of_which_every_trial_diverges_says_so(cli, capfd, tmp_path, monkeypatch):

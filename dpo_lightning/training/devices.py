@@ -29,6 +29,13 @@ def on_cuda(accelerator: str) -> bool:
     return accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
 
 
+def resolve_accelerator(accelerator: str) -> str:
+    """Return Lightning's value: auto is GPUs where there are any, else the CPU, never what else it knows."""
+    if accelerator != "auto":
+        return accelerator
+    return "cuda" if on_cuda(accelerator) else "cpu"
+
+
 def resolve_deterministic(deterministic: bool | str, accelerator: str) -> bool | str:
     """Return Lightning's value: auto is warn on GPUs, whose kernels repeat their bits only if asked, else False."""
     if deterministic != "auto":
@@ -57,7 +64,8 @@ def state_bytes(strategy: str, precision: str, weights: int, trainable: int, cop
     reference lies beside the policy.
     """
     zero, itemsize = strategy.startswith("zero"), frozen_dtype(precision).itemsize
-    whole = weights * copies * itemsize
+    trained = itemsize if zero or precision == "bf16-true" else 4  # what trains stays float32 under autocast
+    whole = (weights * copies - trainable) * itemsize + trainable * trained
     if strategy == "zero1":
         return whole + trainable * itemsize + trainable * 8 // devices
     states = trainable * (6 if precision == "bf16-true" and not zero else 12)

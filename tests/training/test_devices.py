@@ -17,6 +17,7 @@ B = 10**9
     ("strategy", "precision", "trainable", "copies", "bytes_a_weight"),
     [
         ("single", "32-true", 0, 1, 4), ("single", "bf16-mixed", 0, 1, 2), ("ddp", "32-true", B, 1, 4 + 12),
+        ("single", "bf16-mixed", B, 1, 4 + 12), ("ddp", "bf16-mixed", B, 2, 4 + 2 + 12),
         ("single", "bf16-true", B, 1, 2 + 6), ("single", "bf16-true", B, 2, 4 + 6), 
         ("zero1", "32-true", B, 1, 4 + 4 + 2), ("zero1", "bf16-mixed", B, 1, 2 + 2 + 2),
         ("zero2", "bf16-mixed", B, 1, 2 + 3), ("zero2", "bf16-true", B, 2, 4 + 3), ("zero3", "32-true", B, 1, 1 + 3),
