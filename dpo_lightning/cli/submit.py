@@ -44,7 +44,9 @@ def submit(cfg: DictConfig, run_dir: Path, words: Sequence[str]) -> int:
         raise UserError("sbatch: no such command here; submit from a login node, or write the file alone with "
                         "slurm.dry_run=true")  # fmt: skip
     file = run_dir / "job.sbatch"
-    text = job_text(cfg, options, [*_kept(words), f"run_dir={_hydra_quoted(str(run_dir))}"])
+    # The script reads it among the words: a YAML of --config-dir may have given it.
+    kind = f"trainer.accelerator={cfg.trainer.accelerator}"
+    text = job_text(cfg, options, [*_kept(words), kind, f"run_dir={_hydra_quoted(str(run_dir))}"])
     try:
         run_dir.mkdir(parents=True, exist_ok=cfg.run_dir is not None)
         file.write_text(text)
@@ -115,8 +117,8 @@ def job_text(cfg: DictConfig, options: Sequence[str], words: Sequence[str]) -> s
 
 
 def _kept(words: Sequence[str]) -> list[str]:
-    """Return the words that the job itself takes: without what was for sbatch, and without the run folder."""
-    return [word for word in words if not re.match(r"\+{0,2}(slurm(\.[a-z_]+)?|run_dir)=", word)]
+    """Return the words that the job itself takes: without what was for sbatch, and without those added anew."""
+    return [word for word in words if not re.match(r"\+{0,2}(slurm(\.[a-z_]+)?|run_dir|trainer\.accelerator)=", word)]
 
 
 def _header_quoted(option: str) -> str:

@@ -226,7 +226,7 @@ def test_nodes_and_tasks_follow_from_the_job(tmp_path):
     ("word", "remedy"),
     [
         ("trainer.devices=8", "give sbatch --ntasks-per-node=8 --gpus-per-node=8"),
-        ("++trainer.devices=auto", "trainer.devices=auto, and the job has 2 tasks a node"),
+        ("++trainer.devices=auto", "trainer.devices=auto: leave it out, it is the job's 2"),
         ("trainer.num_nodes=2", "give sbatch --nodes=2"),
     ],
 )
@@ -493,6 +493,17 @@ def test_the_submitted_job_runs_with_the_words_it_was_given(submitted, tmp_path)
     assert words == sorted(["trainer.num_nodes=1", *TINY, *odd, f"run_dir='{file.parent}'"])
     assert job.calls("srun")[CHECK][3] == sys.executable
     assert job.environment("srun", 0)["PWD"] == str(tmp_path)
+
+
+def test_the_job_knows_the_accelerator_that_a_yaml_gave(submitted, tmp_path):
+    site = tmp_path / "conf" / "experiment" / "site.yaml"
+    site.parent.mkdir(parents=True)
+    site.write_text("# @package _global_\ntrainer: {accelerator: cpu, devices: 2}\n")
+    words = ["--config-dir", str(tmp_path / "conf"), "experiment=site", "model=tiny"]
+    ended = submitted(*words, "slurm.dry_run=true", "run_dir=mine")
+    assert ended.code == 0, ended.output
+    job = run(tmp_path / "elsewhere", tmp_path / "mine" / "job.sbatch", **JOB)
+    assert job.calls("srun")[PREFLIGHT][-2:] == ["2", "cpu"], job.output
 
 
 def test_a_container_has_its_own_python(submitted, tmp_path):
