@@ -100,7 +100,7 @@ MUTANTS = [
     ),
     Mutant(
         "a cached reference is taken for another model's", "training/reference_cache.py",
-        '"weights": self.weights_digest(), ', "",
+        '"weights": self.digest(), ', "",
         "tests/training/test_reference_cache.py::test_only_what_changes_the_numbers_is_in_the_key",
     ),
     Mutant(

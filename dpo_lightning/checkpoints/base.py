@@ -10,7 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from dpo_lightning.checkpoints.folder import MANIFEST
-from dpo_lightning.cluster.ranks import gather_texts
+from dpo_lightning.cluster.ranks import from_rank_0
 from dpo_lightning.types import UserError
 
 
@@ -30,14 +30,7 @@ class Base(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Raise UserError, on every rank, where the weights are not those of the checkpoint."""
-        failed = now = ""
-        try:
-            now = self.digest() if trainer.is_global_zero else ""
-        except UserError as error:
-            failed = str(error)
-        failed, now = json.loads(gather_texts(json.dumps([failed, now]), trainer.strategy.root_device)[0])
-        if failed:
-            raise UserError(failed)
+        now = from_rank_0(trainer, self.digest)
         then = json.loads((self.resume.parent / MANIFEST).read_bytes()).get("base") if self.resume is not None else None
         if then not in (None, now) and not self.may_change:  # None: of a version that did not note it
             raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -35,6 +36,20 @@ def gather_texts(text: str, device: torch.device) -> list[str]:
     torch.distributed.all_gather(texts, torch.cat([own, own.new_zeros(longest - len(own))]))
     parts = zip(texts, lengths, strict=True)
     return [bytes(part[: int(length) - 1].tolist()).decode() for part, length in parts]
+
+
+def from_rank_0(trainer: Any, make: Callable[[], Any]) -> Any:
+    """Return on every rank what rank 0 makes; raise on every rank what it raises."""
+    outcome = None
+    if trainer.is_global_zero:
+        try:
+            outcome = make()
+        except Exception as error:
+            outcome = error
+    outcome = trainer.strategy.broadcast(outcome)
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
 
 
 class Words:

@@ -144,7 +144,9 @@ class PreferenceData(pl.LightningDataModule):
         assert trainer is not None
         rows = np.arange(len(self.pairs[name]))
         if name == "val":
-            return rows if trainer.limit_val_batches else rows[:0]
+            order, world = self.val_order(0, 1), trainer.world_size
+            batches = limited(-(-len(order) // world), trainer.limit_val_batches) * world
+            return np.sort([row for batch in order.batches[:batches] for row in batch.rows]).astype(int)
         epoch, done = self.position  # max_steps counts those before, too: more than can be met, never fewer
         order = self.order()
         met = done + trainer.max_steps * order.step_pairs if trainer.max_steps >= 0 else len(rows)
@@ -183,9 +185,11 @@ class PreferenceData(pl.LightningDataModule):
         """Return this rank's share of the validation pairs."""
         trainer = self.trainer
         assert trainer is not None
-        lengths = self.lengths(self.val).sum(1)
-        order = ValidationOrder(lengths, self.batch_size, trainer.global_rank, trainer.world_size)
-        return _loader(self.pairs["val"], order)
+        return _loader(self.pairs["val"], self.val_order(trainer.global_rank, trainer.world_size))
+
+    def val_order(self, rank: int, world: int) -> ValidationOrder:
+        """Return the order of one rank's validation pairs."""
+        return ValidationOrder(self.lengths(self.val).sum(1), self.batch_size, rank, world)
 
 
 def _loader(pairs: PairTable, order: Any) -> DataLoader[Batch]:

@@ -17,6 +17,7 @@ import transformers
 from dpo_lightning.cluster import points
 from dpo_lightning.cluster.exits import WrongNumbers
 from dpo_lightning.cluster.interrupt import Interrupt
+from dpo_lightning.cluster.ranks import from_rank_0
 from dpo_lightning.data.batches import MicroBatch, PairTable, of_like_length
 from dpo_lightning.data.reference_store import ReferenceStore
 from dpo_lightning.model.attention import kernel_for
@@ -47,13 +48,13 @@ class ReferenceCache(pl.Callback):
 
     Args:
         folder: of the store.
-        weights_digest: -> digest of the reference's weights and configuration, called on rank 0.
+        digest: -> digest of the reference's weights and configuration, called on rank 0.
         interrupt: ends the pass after a batch; what was computed is kept.
 
     """
 
-    def __init__(self, folder: Path, weights_digest: Callable[[], str], interrupt: Interrupt):
-        self.folder, self.weights_digest, self.interrupt = folder, weights_digest, interrupt
+    def __init__(self, folder: Path, digest: Callable[[], str], interrupt: Interrupt):
+        self.folder, self.digest, self.interrupt = folder, digest, interrupt
         self.cannot_keep = self.warned = False
         self.computed = 0  # pairs, by all ranks
 
@@ -80,7 +81,7 @@ class ReferenceCache(pl.Callback):
         layout = pl_module.layout.split()[0]
         kind = "16" in str(trainer.precision)
         numerics = {
-            "version": VERSION, "weights": self.weights_digest(), "precision": trainer.precision,
+            "version": VERSION, "weights": self.digest(), "precision": trainer.precision,
             "stored": str(embeddings.dtype), "layout": layout, "device": device.type,
             "attention": kernel_for(device.type, torch.bfloat16 if kind else torch.float32) if layout == "shared"
             else base.dpo_stock_attention,
@@ -168,17 +169,3 @@ def _autocast(trainer: pl.Trainer, kind: str) -> bool:
     """Return whether the precision is torch's autocast; DeepSpeed's rounds the whole model instead."""
     with trainer.precision_plugin.forward_context():
         return torch.is_autocast_enabled(kind)
-
-
-def from_rank_0(trainer: pl.Trainer, make: Callable[[], Any]) -> Any:
-    """Return on every rank what rank 0 makes; raise on every rank what it raises."""
-    outcome = None
-    if trainer.is_global_zero:
-        try:
-            outcome = make()
-        except Exception as error:
-            outcome = error
-    outcome = trainer.strategy.broadcast(outcome)
-    if isinstance(outcome, Exception):
-        raise outcome
-    return outcome

@@ -88,6 +88,12 @@ def test_cached_equals_live_in_bfloat16(train, precision, lora):
             assert values[0] == pytest.approx(values[1], abs=0.01 * 0.2), (one["step"], key)  # 0.2 nats of 2000
 
 
+def test_of_the_held_out_pairs_those_that_are_met_are_computed(train):
+    words = ["reference=cached", "data.val_fraction=0.3", "trainer.num_sanity_val_steps=-1"]
+    assert train(*words, "trainer.limit_val_batches=2")[1] == [PAIRS - 12 + 2 * 4]
+    assert train(*words)[1] == [12 - 2 * 4]
+
+
 def test_only_what_changes_the_numbers_is_in_the_key(train, monkeypatch):
     assert train("reference=cached")[1] == [PAIRS]
     for words in (["optim.lr=3e-3"], ["loss.beta=0.5"], ["loss=ipo"], ["data.batch_size=5"], ["seed=7"], ["lora.r=4"],
