@@ -1,14 +1,17 @@
 """A merged export is the policy that was trained, whatever layers have adapters."""
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from dpo_lightning.model.lora import add_lora
+from dpo_lightning.model.lora import add_lora, no_lora
+from dpo_lightning.model.source import ModelSource
 from dpo_lightning.outputs.export import _write_weights
 from tests.model.test_layout import model_of
+from tests.model.test_source import TINY
 
 EMBEDDING = {"llama": "embed_tokens", "gemma2": "embed_tokens", "gpt2": "wte"}
 
@@ -34,3 +37,17 @@ def test_of_tied_embeddings_each_gets_its_own_adapter_alone(architecture, adapte
         torch.testing.assert_close(exported(input_ids=ids).logits, trained, atol=1e-4 * trained.abs().max(), rtol=0)
     assert exported.config.tie_word_embeddings == (adapted == "neither")
     assert torch.equal(exported.get_input_embeddings().weight, before) == (adapted in ("head", "neither"))
+
+
+@pytest.mark.parametrize(
+    "add", [no_lora, partial(add_lora, r=4, lora_alpha=8, lora_dropout=0.0, target_modules=["q_proj"])]
+)
+def test_the_dropout_that_the_training_turned_off_is_the_bases_again(add, tmp_path):
+    source = ModelSource(
+        "x", tmp_path, init="random", architecture="llama", dimensions={**TINY, "attention_dropout": 0.1}
+    )
+    model = source.load(torch.float32)
+    assert model.config.attention_dropout == 0.0
+    _write_weights(add(model), False, tmp_path / "model")
+    exported = AutoConfig.from_pretrained(tmp_path / "model")
+    assert (exported.attention_dropout, exported.use_cache) == (0.1, True)

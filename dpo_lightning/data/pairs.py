@@ -25,7 +25,7 @@ ROLES = {
 CONTEXT_KEYS = ("prompt", "conversations", "messages", "question", "instruction")
 # Parts of what the model sees that are not read: trained without them, a pair would say something else.
 UNREAD = ("tools", "chat_template_kwargs", "images", "image", "videos", "history")
-UNREAD_IN_TURN = ("tool_calls", "reasoning_content", "thinking")
+UNREAD_IN_TURN = ("tool_calls", "reasoning_content", "reasoning", "thinking")
 SPEAKER = re.compile(r"\n\n(Human|Assistant):")
 
 

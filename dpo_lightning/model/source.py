@@ -73,9 +73,10 @@ class ModelSource:
 
     def load(self, dtype: torch.dtype) -> torch.nn.Module:
         """Return the model in `dtype`, in training mode, its own dropout off, so that policy equals reference."""
-        silenced = dict.fromkeys(_dropout_fields(self.config()), 0.0)
+        own = _dropouts(self.config())
+        silenced = dict.fromkeys(own, 0.0)
         model = _reachable(self.folder(), AutoModelForCausalLM.from_pretrained, dtype=dtype, **silenced)
-        model.config.use_cache = False
+        model.config.use_cache, model.dpo_own_dropout = False, own
         if self.gradient_checkpointing:
             checkpoint_activations(model)
         # from_pretrained gives eval mode, in which gradient checkpointing and LoRA dropout are silently off.
@@ -199,13 +200,13 @@ def checkpoint_activations(model: Any) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
-def _dropout_fields(config: Any) -> list[str]:
-    """Return the config's fields of dropout that is on: two forward passes must agree, as DPO compares them."""
-    return [
-        key
+def _dropouts(config: Any) -> dict[str, float]:
+    """Return the config's dropout that is on: two forward passes must agree, as DPO compares them."""
+    return {
+        key: value
         for key, value in config.to_dict().items()
         if ("dropout" in key or key.endswith("pdrop")) and isinstance(value, float) and value
-    ]
+    }
 
 
 def wheel_file(name: str) -> Path:

@@ -99,6 +99,7 @@ class MetricLog(pl.Callback):
         """Log the validation's means, those before the first update too."""
         metrics = pl_module.meters["val"].read("val")
         self.validations.append({"step": trainer.global_step, **metrics})
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})  # EarlyStopping
         self._log(trainer, metrics, trainer.global_step)
         self._since += time.perf_counter() - self._paused
 

@@ -22,7 +22,8 @@ def check_start(module: Any, policy: PairLogps, reference: PairLogps, loss_B: Te
 
     Collective: every rank raises what one has seen.
     """
-    equal = PairLogps(*(torch.ones_like(part) for part in policy))
+    # A loss may depend on more than the ratios of the two, as one with a term of supervised training does.
+    equal = PairLogps(*(part.detach().nan_to_num(1.0) for part in policy))
     expected = module.loss(equal, equal).mean().item()
     loss = loss_B.detach().mean().item()
     rounded = "16" in str(module.trainer.precision)
@@ -31,7 +32,7 @@ def check_start(module: Any, policy: PairLogps, reference: PairLogps, loss_B: Te
         tokens_2B = torch.cat([policy.chosen_tokens, policy.rejected_tokens])
         holds = (gaps_2B / tokens_2B.sqrt()).max().item() <= (ROUNDED_CACHED if rounded else EXACT_CACHED)
     else:
-        holds = abs(loss - expected) <= (ROUNDED if rounded else EXACT) * max(1.0, expected)
+        holds = abs(loss - expected) <= (ROUNDED if rounded else EXACT) * max(1.0, abs(expected))
     told = (
         ""
         if holds

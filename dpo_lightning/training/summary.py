@@ -41,9 +41,16 @@ class Summary(pl.Callback):
             if trainer.num_nodes > 1
             else f"{trainer.world_size} x {kind}",
             "precision": "; ".join(filter(None, precision)),
-            "steps": f"{int(trainer.estimated_stepping_batches)}",
+            "steps": _steps(int(trainer.estimated_stepping_batches), trainer),
         }
         print_facts("DPO", facts)
+
+
+def _steps(steps: int, trainer: pl.Trainer) -> str:
+    if trainer.max_steps <= steps:
+        return f"{steps}"
+    return (f"{steps}, all of trainer.max_epochs={trainer.max_epochs}: not trainer.max_steps={trainer.max_steps}, for "
+            "which give trainer.max_epochs=-1")  # fmt: skip
 
 
 def _dtypes(parameters: list[Any]) -> str:

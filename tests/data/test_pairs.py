@@ -224,6 +224,7 @@ MALFORMED = {
     ),
     "tools": ({"tools": [{"type": "function"}], **row([Q], [GOOD], [BAD])}, ["'tools'", "not read"]),
     "a tool call": (row([Q], [{**GOOD, "tool_calls": [{"name": "f"}]}], [BAD]), ["'chosen'", "'tool_calls'"]),
+    "reasoning": (row([Q], [{**GOOD, "reasoning": "hm"}], [BAD]), ["'chosen'", "'reasoning'"]),
     "two system turns": ({"system": "S", **row([system("T"), Q], [GOOD], [BAD])}, ["'system'", "leave one"]),
     "system a number": ({"system": 3, **row("Q", "a", "b")}, ["'system'", "found int"]),
     "answers alone": ({"chosen": [GOOD], "rejected": [BAD]}, ["no prompt"]),
