@@ -46,8 +46,8 @@ def test_the_dropout_that_the_training_turned_off_is_the_bases_again(add, tmp_pa
     source = ModelSource(
         "x", tmp_path, init="random", architecture="llama", dimensions={**TINY, "attention_dropout": 0.1}
     )
-    model = source.load(torch.float32)
+    model: Any = source.load(torch.float32)
     assert model.config.attention_dropout == 0.0
     _write_weights(add(model), False, tmp_path / "model")
-    exported = AutoConfig.from_pretrained(tmp_path / "model")
+    exported: Any = AutoConfig.from_pretrained(tmp_path / "model")
     assert (exported.attention_dropout, exported.use_cache) == (0.1, True)
