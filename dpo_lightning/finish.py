@@ -1,8 +1,10 @@
-"""What the first rank does when the training has ended: what was gained, sample answers, export, report."""
+"""What the first rank does when the training has ended: export, what was gained, sample answers, report."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,29 +26,58 @@ def finish(
     config: Mapping[str, Any], source: ModelSource, data: PreferenceData, module: DPOModule, run_dir: Path,
     interrupt: Interrupt,
 ) -> None:  # fmt: skip
-    """Show what was gained, answer the sample prompts, export, report; `config` is the resolved one."""
+    """Export, show what was gained, answer the sample prompts, report; `config` is the resolved one.
+
+    The export is all that the training was for: what fails of the rest is a warning. Raises StorageError where the
+    disk refuses the export.
+    """
     if not module.trainer.global_step:
         print("no step was made: there is nothing to export")
         return
     module.make_whole()
     module.use_layout("padded")
-    results.show_gain(run_dir)
+    merges = config["export"]["merge"]  # into the weights that answer: then the answers come before
+    if merges:
+        show_samples(config, data, module, run_dir, interrupt)
     try:
-        if not interrupt.stopping:
-            with interrupt.stoppable():
-                show_samples(config, data, module, run_dir)
-    except KeyboardInterrupt:
-        print("the answers are skipped")
-    finally:  # whatever happens to the answers, the training is not lost
-        try:
-            write_export(config, source, data, module, run_dir)
-        except OSError as error:
-            raise StorageError(
-                f"{run_dir}: cannot be exported ({error}); free space and start the run again"
-            ) from error
+        folder = write_export(config, source, data, module, run_dir)
+    except OSError as error:
+        raise StorageError(f"{run_dir}: cannot be exported ({error}); free space and start the run again") from error
+    with going_without("a table of what was gained"):
+        results.show_gain(run_dir)
+    if not merges:
+        show_samples(config, data, module, run_dir, interrupt)
+    print(f"{folder.name}: {folder}")
+    with going_without("a report"):
+        print(f"report:  {write_report(run_dir)}")
+    print(f"metrics: {run_dir / 'metrics.jsonl'}")
 
 
-def show_samples(config: Mapping[str, Any], data: PreferenceData, module: DPOModule, run_dir: Path) -> None:
+@contextmanager
+def going_without(what: str) -> Iterator[None]:
+    """Tell of a failure in what a trained run can do without, in one line, and go on."""
+    try:
+        yield
+    except Exception as error:
+        told = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        print(f"warning: the run ends without {what}: {told}", file=sys.stderr)
+
+
+def show_samples(
+    config: Mapping[str, Any], data: PreferenceData, module: DPOModule, run_dir: Path, interrupt: Interrupt
+) -> None:
+    """Answer the sample prompts, unless a signal has come or comes meanwhile."""
+    if not config["samples"]["count"]:
+        return
+    if not interrupt.requested:
+        with suppress(KeyboardInterrupt):
+            with interrupt.stoppable(), going_without("answers to prompts"):
+                answer_samples(config, data, module, run_dir)
+            return
+    print("the answers are skipped")
+
+
+def answer_samples(config: Mapping[str, Any], data: PreferenceData, module: DPOModule, run_dir: Path) -> None:
     """Answer the first validation prompts by reference and policy."""
     if not (examples := data.examples(config["samples"]["count"])):
         return
@@ -65,14 +96,15 @@ def show_samples(config: Mapping[str, Any], data: PreferenceData, module: DPOMod
 
 def write_export(
     config: Mapping[str, Any], source: ModelSource, data: PreferenceData, module: DPOModule, run_dir: Path
-) -> None:
-    """Export adapter or model with its card, write the report, say where all lies."""
-    steps = module.trainer.global_step
+) -> Path:
+    """Export adapter or model with its card; return the folder. Raises OSError."""
+    steps, validations = module.trainer.global_step, None
+    with going_without("its result in the model card"):
+        validations = results.validations(run_dir)
     card = Card(
         base=source.base, base_loaded_from=source.folder(), note=source.note, data=data.source.name,
         pairs=len(data.train), pairs_seen=data.seen(steps), steps=steps, devices=module.trainer.world_size,
-        config=dict(config), validations=results.validations(run_dir), question=data.examples(1)[0]["question"],
+        config=dict(config), validations=validations, question=data.examples(1)[0]["question"],
         chat=data.is_chat(),
     )  # fmt: skip
-    folder = export(module.policy, data.tokenizer, run_dir, config["export"]["merge"], card.text)
-    print(f"{folder.name}: {folder}\nreport:  {write_report(run_dir)}\nmetrics: {run_dir / 'metrics.jsonl'}")
+    return export(module.policy, data.tokenizer, run_dir, config["export"]["merge"], card.text)

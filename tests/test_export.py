@@ -1,6 +1,7 @@
 """A merged export is the policy that was trained, whatever layers have adapters."""
 
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_lightning.model.lora import add_lora, no_lora
 from dpo_lightning.model.source import ModelSource
-from dpo_lightning.outputs.export import _write_weights
+from dpo_lightning.outputs.export import _write_tokenizer, _write_weights
 from tests.model.test_layout import model_of
 from tests.model.test_source import TINY
 
@@ -51,3 +52,12 @@ def test_the_dropout_that_the_training_turned_off_is_the_bases_again(add, tmp_pa
     _write_weights(add(model), False, tmp_path / "model")
     exported: Any = AutoConfig.from_pretrained(tmp_path / "model")
     assert (exported.attention_dropout, exported.use_cache) == (0.1, True)
+
+
+@pytest.mark.parametrize(("kind", "raised"), [(Exception, OSError), (OSError, OSError), (KeyError, KeyError)])
+def test_a_full_disk_is_one_whatever_the_tokenizers_package_calls_it(kind, raised, tmp_path):
+    def full(folder):
+        raise kind("No space left on device (os error 28)")
+
+    with pytest.raises(raised, match="No space left"):
+        _write_tokenizer(SimpleNamespace(save_pretrained=full), tmp_path)

@@ -83,6 +83,8 @@ def test_a_validation_that_lacks_a_metric_is_shown_without_it(cli, tmp_path, cap
     nothing: dict[str, Any] = dict.fromkeys(field.name for field in dataclasses.fields(Card))
     card = Card(**{**nothing, "validations": [first, last]})._result().splitlines()
     assert card[2:] == ["| loss | 0.7000 | 0.5000 |", "| reward margin | - | 0.2500 |"]
+    alone = Card(**{**nothing, "validations": [last]})._result().splitlines()
+    assert alone == ["| held-out pairs | step 6 |", "| --- | --- |", "| loss | 0.5000 |", "| reward margin | 0.2500 |"]
 
 
 @pytest.mark.parametrize(("experiment", "folder"), [("gemma_fashion_dpo", "adapter"), ("llama_explainer_dpo", "model")])
@@ -303,14 +305,45 @@ def test_text_that_looks_like_markup_is_shown_as_it_is(capsys):
     assert "[/INST]" in out and "[bold]a[/b]" in out and "[red]" in out
 
 
-def test_a_failure_in_the_answers_does_not_lose_the_training(cli, tmp_path, monkeypatch):
+@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, KeyboardInterrupt])
+def test_a_failure_in_the_answers_does_not_lose_the_training(kind, merge, cli, tmp_path, monkeypatch, capsys):
+    run, made = tmp_path / "run", []
+    folder = run / ("model" if merge else "adapter")
+
     def fail(*args):
-        raise KeyboardInterrupt
+        made.append(folder.exists())
+        raise kind("no\nmemory")
 
     monkeypatch.setattr("dpo_lightning.outputs.samples.generate", fail)
+    words = [f"export.merge={str(merge).lower()}", "samples.count=1", "trainer.max_steps=1"]
+    assert cli(*TINY, *words, f"run_dir={run}") == 0
+    assert list(folder.glob("*.safetensors")) and made == [not merge]  # what can come first comes first
+    told = capsys.readouterr()
+    if kind is KeyboardInterrupt:
+        assert "the answers are skipped" in told.out
+    else:
+        assert "warning: the run ends without answers to prompts: OutOfMemoryError: no memory" in told.err
+    assert json.loads((run / "starts.jsonl").read_text().splitlines()[-1])["end"] == 0
+
+
+def test_neither_table_nor_card_nor_report_is_worth_the_training(cli, tmp_path, monkeypatch, capsys):
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(results, "validations", fail)
+    monkeypatch.setattr("dpo_lightning.outputs.report.plot", fail)
     run = tmp_path / "run"
-    assert cli(*TINY, "samples.count=1", "trainer.max_steps=1", f"run_dir={run}") == 0
-    assert (run / "adapter" / "adapter_model.safetensors").exists()
+    assert cli(*TINY, "trainer.max_steps=1", f"run_dir={run}", report=True) == 0
+    assert "What was measured cannot be read." in (run / "adapter" / "README.md").read_text()
+    told = capsys.readouterr()
+    missing = ("its result in the model card", "a table of what was gained", "a report")
+    warnings = [
+        f"warning: the run ends without {what}: OSError: [Errno 28] No space left on device" for what in missing
+    ]
+    assert [line for line in told.err.splitlines() if line.startswith("warning: the run")] == warnings
+    assert f"adapter: {run / 'adapter'}" in told.out and "report: " not in told.out
+    assert f"metrics: {run / 'metrics.jsonl'}" in told.out
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,10 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_to
 
 @dataclass(frozen=True)
 class Card:
-    """All that a model card tells; `config` is the run's resolved configuration."""
+    """All that a model card tells; `config` is the run's resolved configuration.
+
+    validations: as `results.validations` returns them, oldest first; None where they cannot be read.
+    """
 
     base: str
     base_loaded_from: str
@@ -68,7 +71,7 @@ class Card:
     steps: int
     devices: int
     config: Mapping[str, Any]
-    validations: Sequence[Mapping[str, float]]
+    validations: Sequence[Mapping[str, float]] | None
     question: str
     chat: bool
 
@@ -146,10 +149,11 @@ class Card:
 
     def _result(self) -> str:
         if not self.validations:
-            return "No validation was run."
-        first, last = self.validations[0], self.validations[-1]
-        head = f"| held-out pairs | step {first['step']} | step {last['step']} |\n|---|---|---|\n"
-        return head + "\n".join(f"| {name} | {' | '.join(values)} |" for name, values in figures([first, last]))
+            return "No validation was run." if self.validations is not None else "What was measured cannot be read."
+        shown = [*self.validations[:1], *self.validations[1:][-1:]]  # the first and the last, which may be one
+        rows = [["held-out pairs", *(f"step {row['step']}" for row in shown)], ["---"] * (1 + len(shown))]
+        rows += [[name, *values] for name, values in figures(shown)]
+        return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def merged_card(text: str, adapter: Path, model: Path) -> str:

@@ -18,7 +18,8 @@ def export(policy: Any, tokenizer: Any, run_dir: Path, merge: bool, card: Callab
     """Write run_dir/adapter, or run_dir/model where there is no adapter or `merge` asks for it; return the folder.
 
     Safetensors, tokenizer and README.md; `card` gives the text of the last from the folder and whether it holds
-    an adapter. The folder appears whole, by one rename, in place of an older one. Merging changes `policy`.
+    an adapter. The folder appears whole, by one rename, in place of an older one. Merging changes `policy`. Raises
+    OSError where the disk refuses it.
     """
     is_adapter = isinstance(policy, PeftModel) and not merge
     folder = run_dir / ("adapter" if is_adapter else "model")
@@ -27,7 +28,7 @@ def export(policy: Any, tokenizer: Any, run_dir: Path, merge: bool, card: Callab
         shutil.rmtree(left, ignore_errors=True)
     try:
         _write_weights(policy, is_adapter, scratch)
-        tokenizer.save_pretrained(scratch)
+        _write_tokenizer(tokenizer, scratch)
         (scratch / "README.md").write_text(card(folder, is_adapter), encoding="utf-8")
         for file in scratch.iterdir():
             file.chmod(0o644)  # safetensors come out readable by their owner alone
@@ -46,6 +47,15 @@ def _write_weights(policy: Any, is_adapter: bool, scratch: Path) -> None:
         model = _merged(policy) if isinstance(policy, PeftModel) else policy
         model.config.update({"use_cache": True, **getattr(model, "dpo_own_dropout", {})})  # as the base has them
         write_weights(model, scratch)
+
+
+def _write_tokenizer(tokenizer: Any, scratch: Path) -> None:
+    try:
+        tokenizer.save_pretrained(scratch)
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise OSError(str(error)) from error  # the tokenizers package has no other kind for a full disk
 
 
 def _merged(policy: PeftModel) -> Any:

@@ -195,12 +195,13 @@ main()
 """
 
 
-def test_signals_from_the_answers_to_the_end_of_the_loggers_do_not_keep_a_run_from_its_end(tmp_path, cache):
+@pytest.mark.parametrize("at", ["export", "answers"])
+def test_signals_from_the_export_to_the_end_of_the_loggers_do_not_keep_a_run_from_its_end(at, tmp_path, cache):
     run = tmp_path / "run"
     (run / ".adapter-1").mkdir(parents=True)  # a process was killed there
     words = [*TINY[:3], *TINY[4:], "samples.count=1", "trainer.max_steps=1", f"run_dir={run}"]
     both = f"{signal.SIGTERM:d} {signal.SIGUSR1:d}\n"
-    signals = f"{signal.SIGTERM:d} {signal.SIGTERM:d}\n" + 3 * both
+    signals = "\n" * (at == "answers") + f"{signal.SIGTERM:d} {signal.SIGTERM:d}\n" + 2 * both
     done = subprocess.run(
         [sys.executable, "-c", ENDING, *words], input=signals, env=environment(cache), capture_output=True, text=True,
         cwd=ROOT, check=False,
@@ -208,6 +209,7 @@ def test_signals_from_the_answers_to_the_end_of_the_loggers_do_not_keep_a_run_fr
     assert done.returncode == 0, done.stdout + done.stderr
     assert "the answers are skipped" in done.stdout
     assert "the last step has been made" in done.stderr
+    assert not (run / "samples.json").exists()
     assert (run / "adapter" / "adapter_model.safetensors").exists()
     assert not list(run.glob(".adapter-*"))
     assert '"end": 0' in (run / "starts.jsonl").read_text()
