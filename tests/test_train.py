@@ -60,7 +60,9 @@ def test_a_run_leaves_what_it_promises(cli, metrics, tmp_path):
     for text in ("base_model:", "- dpo\n- lora\n- transformers\n- peft", "rafailov2023direct", seen):
         assert text in card
     quick_start(run / "adapter")
+    run = run.rename(tmp_path / "moved")  # its adapter's card names the old place
     assert cli("export", f"run_dir={run}", "export.merge=true") == 0
+    assert (run / "model" / "README.md").read_text().count(f'.from_pretrained("{run / "model"}")\n') == 2
     quick_start(run / "model")
     (precision,) = re.findall(r"precision: (\S+)", (run / "config.yaml").read_text())
     merged = load_file(run / "model" / "model.safetensors")

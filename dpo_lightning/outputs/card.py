@@ -156,8 +156,11 @@ class Card:
         return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def merged_card(text: str, adapter: Path, model: Path) -> str:
-    """Return an adapter's card, given as `text`, as the card of the `model` folder that it was merged into."""
+def merged_card(text: str, model: Path) -> str:
+    """Return an adapter's card, given as `text`, as the card of the `model` folder that it was merged into.
+
+    It is loaded from there, wherever the run's folder was when the adapter was written; a hub's id stays.
+    """
     changes = {
         "base_model_relation: adapter": "base_model_relation: finetune",
         "library_name: peft": "library_name: transformers",
@@ -165,9 +168,8 @@ def merged_card(text: str, adapter: Path, model: Path) -> str:
         "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer":
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "AutoPeftModelForCausalLM": "AutoModelForCausalLM",
-        str(adapter.absolute()): str(model.absolute()),
     }  # fmt: skip
     text = re.sub(r"\n\nThe adapter's config names these weights.*", "", text)
     for old, new in changes.items():
         text = text.replace(old, new)
-    return text
+    return re.sub(r'(?<=\.from_pretrained\(")/.*(?="\)\n)', lambda _: str(model.absolute()), text)

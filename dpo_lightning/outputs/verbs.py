@@ -16,6 +16,8 @@ from dpo_lightning.outputs.report import write_report
 from dpo_lightning.outputs.results import ROWS, validations
 from dpo_lightning.types import UserError
 
+ELSEWHERE = "free space, or copy the run to a folder that may be written"
+
 
 def run_folder(cfg: Mapping[str, Any]) -> Path:
     """Return run_dir, which must hold a run."""
@@ -33,8 +35,7 @@ def report(cfg: Mapping[str, Any]) -> int:
     try:
         page = write_report(folder)
     except OSError as error:
-        remedy = "free space, or copy the run to a folder that may be written"
-        raise UserError(f"run_dir={folder}: the report cannot be written ({error}); {remedy}") from error
+        raise UserError(f"run_dir={folder}: the report cannot be written ({error}); {ELSEWHERE}") from error
     print(page)
     return 0
 
@@ -83,5 +84,8 @@ def export(cfg: Mapping[str, Any]) -> int:
             f"the adapter {adapter}, or its base {base}, cannot be loaded: {str(error).splitlines()[0]}"
         ) from error
     tokenizer = AutoTokenizer.from_pretrained(adapter)
-    print(write(policy, tokenizer, folder, True, lambda where, _: merged_card(text, adapter, where)))
+    try:
+        print(write(policy, tokenizer, folder, True, lambda where, _: merged_card(text, where)))
+    except OSError as error:
+        raise UserError(f"run_dir={folder}: the model cannot be written ({error}); {ELSEWHERE}") from error
     return 0

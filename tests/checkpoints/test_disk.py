@@ -14,6 +14,7 @@ import lightning.pytorch as pl
 import pytest
 from peft import PeftModel
 from safetensors import SafetensorError
+from transformers import PreTrainedModel
 
 from tests.ranks import ROOT, TINY, environment, fault, run_ranks
 
@@ -159,6 +160,23 @@ def test_a_disk_that_is_full_when_weights_are_exported_is_one_line(tmp_path, cli
     assert cli(*TINY, "trainer.max_steps=1", f"run_dir={run}") == 5
     assert f"error: {run}: cannot be exported (Error while serializing" in capsys.readouterr().err
     assert not list(run.glob(".adapter-*"))
+
+
+def test_a_disk_that_is_full_when_an_adapter_is_merged_is_one_line(tmp_path, cli, capsys, monkeypatch):
+    def full(self: Any, folder: str, **options: Any) -> None:
+        Path(folder).mkdir()
+        raise OSError(28, "No space left on device")
+
+    run = tmp_path / "run"
+    assert cli(*TINY, "export.hub_id=somebody/plain-talker", "trainer.max_steps=1", f"run_dir={run}") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedModel, "save_pretrained", full)
+        assert cli("export", f"run_dir={run}", "export.merge=true") == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert line.startswith(f"error: run_dir={run}: the model cannot be written ([Errno 28] No space left on device)")
+    assert not (run / "model").exists() and not list(run.glob(".model-*"))
+    assert cli("export", f"run_dir={run}", "export.merge=true") == 0
+    assert (run / "model" / "README.md").read_text().count('.from_pretrained("somebody/plain-talker")\n') == 2
 
 
 def main(disk: Path) -> list[dict[str, Any]]:
