@@ -38,7 +38,9 @@ def parser() -> argparse.ArgumentParser:
         "--model", type=words_of, metavar="WORDS", help='such as "model=llama32_1b" (default: model=smollm2)'
     )
     parse.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (default: benchmarks/results)")
-    parse.add_argument("--resume", action="store_true", help="go on with a benchmark of the same code that was cut off")
+    parse.add_argument(
+        "--resume", action="store_true", help="go on with a benchmark of the same commit that was cut off"
+    )
     parse.add_argument(
         "--table", type=Path, metavar="FILE", help="print the table of a recorded benchmark, run nothing"
     )
@@ -107,6 +109,10 @@ def bench(workload: Workload, options: argparse.Namespace) -> None:
     data = getattr(options, workload.data)
     if not (ROOT / data).is_file():
         raise BenchmarkError(f"no file {data}: give preference pairs with --{workload.data} FILE")
+    if options.resume and not machine.is_clear(told := fresh.versions["dpo_lightning"]):
+        raise BenchmarkError(
+            f"--resume: commit {told}: what was cut off may be of other code; commit it, or start anew"
+        )
     file = unfinished(options.out, fresh) if options.resume else None
     record = load(file) if file else fresh
     file = file or new_file(options.out, record)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,6 +14,7 @@ from benchmarks.arms import cores
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "lightning")
 BFLOAT16 = {"avx512_bf16", "amx_bf16"}  # without either, products in bfloat16 are emulated
+UNCLEAR = re.compile("unknown| with changes")  # of a commit: it does not tell which sources were measured
 SOURCES = ("dpo_lightning", "conf", ":(glob)benchmarks/*.py")  # what a result depends on
 CPUINFO = Path("/proc/cpuinfo")
 
@@ -70,6 +72,11 @@ def commit() -> str:
     head = _git("rev-parse", "--short=10", "HEAD")
     changed = _git("status", "--porcelain", "--", *SOURCES)
     return f"{head or 'unknown'}{' with changes' if changed else ''}"
+
+
+def is_clear(commit: str) -> bool:
+    """Return whether a commit, as `versions` tells it, says which sources were measured."""
+    return UNCLEAR.search(commit) is None
 
 
 def _git(*words: str) -> str:

@@ -191,6 +191,28 @@ def test_what_was_cut_off_goes_on_where_it_stopped(tmp_path: Path):
     assert unfinished(tmp_path, fresh) is None
 
 
+@pytest.mark.parametrize("changed", [True, False])
+def test_two_states_of_uncommitted_code_are_not_mixed(changed: bool, tmp_path: Path, monkeypatch, capsys):
+    answers = {"rev-parse": "abc", "status": " M conf/config.yaml" if changed else ""}
+    monkeypatch.setattr(machine, "_git", lambda *words: answers[words[0]])
+    monkeypatch.setattr(machine, "lacks_bfloat16", lambda: False)
+    monkeypatch.setattr(machine, "version", lambda package: "1")
+    monkeypatch.setattr(program.Bench, "run", lambda self: print("begun", file=sys.stderr))
+    monkeypatch.setattr(table, "write", lambda record: "")
+    words = ["hh-lora", "--hh", "README.md", "--out", str(tmp_path)]
+    assert main([*words, "--resume"]) == (2 if changed else 0)
+    refused = (
+        "error: --resume: commit abc with changes: what was cut off may be of other code; commit it, or start anew"
+    )
+    assert capsys.readouterr().err.splitlines() == [refused if changed else "begun"]
+    assert main(words) == 0
+
+
+def test_a_commit_that_git_does_not_tell_is_not_clear(monkeypatch):
+    monkeypatch.setattr(machine, "_git", lambda *words: "")
+    assert not machine.is_clear(machine.commit())
+
+
 def test_parity_tells_what_differs():
     ours = [Step(1, 0.6931, 2.0, -9, -8), Step(1, 0.7, 2.1, -9, -8)]
     theirs = [Step(9, 0.6931, 2.005, -9, -8), Step(9, 0.70005, 2.1, -9, -8.003)]
