@@ -1,4 +1,4 @@
-"""Build, fit, export: the only file that turns a configuration into objects."""
+"""Build and fit, then `finish.py`'s export: the only file that turns a configuration into objects."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr
 def train(cfg: DictConfig, run_dir: Path, resume: Path | None, sweep: bool) -> int:
     """Train what a checked configuration describes, from a checkpoint's state if there is one; return the exit code.
 
-    In a sweep other trials will need the same reference.
+    sweep: other trials will use the same reference, which reference=auto then caches.
     """
     run_dir, resume = decided_by_rank_0(run_dir, resume)
     pl.seed_everything(cfg.seed, verbose=False)

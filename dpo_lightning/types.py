@@ -1,4 +1,4 @@
-"""The nouns that pass between the rooms, and the one error that is the user's to mend.
+"""The nouns that pass between the rooms, and two errors: the user's to mend, and what a run cannot go on after.
 
 Legend of the shape suffixes used in all files:
     B  pairs of a batch        T  token positions        S  scored positions (completion tokens)

@@ -85,9 +85,10 @@ def check_progress(run_dir: Path, step: int, most: int | None, first: bool = Tru
 
 
 def _has_gained(end: Mapping[str, Any]) -> bool:
-    """Return whether an end is one: not of a job whose time was over before its first step, to be started again.
+    """Return whether the count of starts that gained nothing begins anew after this orderly end.
 
-    A job that has made steps starts from another one the next time.
+    After one that is to be started again it does so only where pairs were added to the reference's cache: the job's
+    time may have been over before the first step. Of steps nothing is asked: after some the next start is from another.
     """
     return end["end"] != GOES_ON or bool(end.get("pairs_cached"))
 

@@ -1,6 +1,7 @@
 """A source of rows becomes a memory-mapped table of token ids, once: `datasets` keeps it under a content key.
 
-Memory stays flat: rows stream through in batches, and the table is read from disk as it is needed.
+Rows stream through in batches, and the table is read from disk as it is needed: memory grows by some numbers a pair,
+not by its text or tokens.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Where rows come from: a file, a data set that ships with the package, or the hub.
 
-Rows of files are read as a stream, so that memory does not grow with the file.
+Rows of files are read as a stream, so that memory does not grow with the file; a list in a .json is read whole.
 """
 
 from __future__ import annotations

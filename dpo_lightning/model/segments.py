@@ -16,9 +16,10 @@ BLOCK = 256  # queries of a segment at a time: bounds the scores at hand, and sk
 
 @dataclass(frozen=True)
 class Segments:
-    """Which keys each query sees: segment i's queries are ends_q[i]:ends_q[i+1] of the row, its keys ends_k[i]:...
+    """Which keys each query sees.
 
-    of the gathered keys row[keys_K]. Within a segment, query j sees the keys up to j + (keys - queries).
+    The queries of segment i are ends_q[i]:ends_q[i+1] of the row, its keys ends_k[i]:ends_k[i+1] of row[keys_K], the
+    gathered keys. Within a segment, query j sees the keys up to j + (keys - queries).
     """
 
     ends_q: list[int]
