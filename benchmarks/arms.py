@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Mapping
@@ -132,5 +133,6 @@ def read_memory(arm: str, run_dir: Path) -> int | None:
 
 
 def _logged(run_dir: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in rows if "train/loss" in row]
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    rows = [{key: math.nan if value is None else value for key, value in row.items()} for row in lines]
+    return [row for row in rows if "train/loss" in row]  # where null stands for what was not finite

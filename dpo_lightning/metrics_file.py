@@ -14,7 +14,8 @@ METRICS = "metrics.jsonl"
 def logged(run_dir: Path) -> list[tuple[str, dict[str, Any]]]:
     """Return each line, with its end, and its object; a last line that a crash cut short is left out.
 
-    Raises UserError for another line that is no row, and OSError.
+    None stands for what was not finite: null, or NaN and Infinity as they were written once. Raises UserError for
+    another line that is no row, and OSError.
     """
     file = run_dir / METRICS
     lines = file.read_text(errors="replace").splitlines(keepends=True)
@@ -23,7 +24,7 @@ def logged(run_dir: Path) -> list[tuple[str, dict[str, Any]]]:
 
 def _row(line: str, place: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
+        row = json.loads(line, parse_constant=lambda name: None)
     except ValueError:
         raise UserError(f"{place}: not a line of JSON; remove it") from None
     if not (isinstance(row, dict) and "step" in row):

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dpo_lightning.outputs.results import figures, read_metrics
+from dpo_lightning.outputs.results import figures, is_validation, read_metrics
 
 PLOTS = {
     "loss": ("train/loss", "val/loss"),
@@ -75,7 +75,7 @@ def plot(rows: list[dict[str, float]], name: str, keys: tuple[str, ...], folder:
 
 
 def _gain(rows: list[dict[str, float]]) -> list[list[Any]]:
-    vals = [row for row in rows if "val/loss" in row]
+    vals = [row for row in rows if is_validation(row)]
     if not vals:
         return []
     head = ["validation", *(f"step {row['step']}" for row in vals)]

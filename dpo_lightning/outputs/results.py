@@ -21,7 +21,14 @@ ROWS = {
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
-    """Return metrics.jsonl's objects; a last line cut short by a crash is left out, a UserError names another."""
+    """Return metrics.jsonl's objects, each without what was not finite.
+
+    A last line cut short by a crash is left out, a UserError names another.
+    """
+    return [{key: value for key, value in row.items() if value is not None} for row in _rows(run_dir)]
+
+
+def _rows(run_dir: Path) -> list[dict[str, float | None]]:
     if not (run_dir / METRICS).is_file():
         raise UserError(f"run_dir={run_dir}: no {METRICS} there; give the folder of a run")
     return [row for _, row in logged(run_dir)]
@@ -29,7 +36,12 @@ def read_metrics(run_dir: Path) -> list[dict[str, float]]:
 
 def validations(run_dir: Path) -> list[dict[str, float]]:
     """Return the logged validations, oldest first."""
-    return [row for row in read_metrics(run_dir) if "val/loss" in row]
+    return [row for row in read_metrics(run_dir) if is_validation(row)]
+
+
+def is_validation(row: Mapping[str, float | None]) -> bool:
+    """Return whether a row is of a validation; its loss alone may have been infinite."""
+    return any(key in row for key in ROWS)
 
 
 def figures(rows: Sequence[Mapping[str, float]]) -> Iterator[tuple[str, list[str]]]:
@@ -40,8 +52,8 @@ def figures(rows: Sequence[Mapping[str, float]]) -> Iterator[tuple[str, list[str
 
 
 def last(run_dir: Path, key: str) -> float | None:
-    """Return a metric of the last validation that has it, or None where none has."""
-    return next((row[key] for row in reversed(validations(run_dir)) if key in row), None)
+    """Return a metric of the last validation that has it, or None where none has, or where it was not finite."""
+    return next((row[key] for row in reversed(_rows(run_dir)) if is_validation(row) and key in row), None)
 
 
 def show_gain(run_dir: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import math
 import os
 from argparse import Namespace
 from collections import deque
@@ -52,8 +53,9 @@ class JsonlLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Append {"step": step, **metrics}."""
-        self._waiting.append((json.dumps({"step": step, **metrics}) + "\n").encode())
+        """Append {"step": step, **metrics}; null stands for what is not finite, for which JSON has no word."""
+        row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self._waiting.append((json.dumps({"step": step, **row}, allow_nan=False) + "\n").encode())
         if len(self._waiting) > KEPT:
             self._waiting.popleft()
             self._lost += 1

@@ -1,6 +1,7 @@
 """The arms' commands, and the pairs that both programs are given."""
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -152,6 +153,8 @@ def test_steps_are_read_from_what_a_run_left(tmp_path: Path):
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     read = arms.read_steps(LIVE, tmp_path, pairs=8)
     assert read == [arms.Step(2.0, 0.5, 2.0, -9.0, -8.0), arms.Step(2.0, 0.5, 2.0, -9.0, -8.0, 0.6)]
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({**row, "train/grad_norm": None}))
+    assert math.isnan(arms.read_steps(LIVE, tmp_path, pairs=8)[0].grad_norm)  # it was not finite
     step = {"seconds": 3.0, "loss": 0.5, "grad_norm": 2.0, "chosen": -9.0, "rejected": -8.0}
     (tmp_path / "trl.json").write_text(json.dumps({"steps": [step]}))
     assert arms.read_steps(SHIPPED, tmp_path, pairs=8) == [arms.Step(3.0, 0.5, 2.0, -9.0, -8.0)]

@@ -1,6 +1,7 @@
 """metrics.jsonl and the csv file: a disk that refuses them costs no training, and no row where it recovers."""
 
 import json
+import math
 import resource
 import signal
 from pathlib import Path
@@ -8,6 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from dpo_lightning.outputs import results
+from dpo_lightning.outputs.report import write_report
 from dpo_lightning.training import loggers
 from dpo_lightning.training.loggers import JsonlLogger, closed, csv_logger
 from dpo_lightning.types import UserError
@@ -86,6 +89,30 @@ def test_a_row_that_fits_half_is_not_in_the_file(logger, told):
     log(logger, 4)
     assert steps(logger.path) == [1, 2, 3, 4]
     assert len(told()) == 2
+
+
+def test_what_is_not_finite_is_null_and_is_left_out_by_all_that_read(logger, tmp_path):
+    figures = {"val/loss": math.inf, "val/rewards/margins": 0.25, "val/rewards/chosen": math.nan}
+    logger.log_metrics({"val/loss": 0.7}, 0)
+    logger.log_metrics({"train/loss": 0.5, "train/grad_norm": -math.inf}, 1)
+    logger.log_metrics(figures, 2)
+
+    def no_json(word):
+        raise AssertionError(word)
+
+    lines = [json.loads(line, parse_constant=no_json) for line in logger.path.read_text().splitlines()]
+    assert lines[1]["train/grad_norm"] is None and lines[2] == {"step": 2, **figures} | {
+        "val/loss": None,
+        "val/rewards/chosen": None,
+    }
+    with logger.path.open("a") as file:
+        file.write('{"step": 3, "val/loss": NaN, "val/rewards/margins": -Infinity}\n')  # by an earlier version
+    assert results.read_metrics(tmp_path)[1] == {"step": 1, "train/loss": 0.5}
+    assert [row["step"] for row in results.validations(tmp_path)] == [0, 2]
+    assert results.last(tmp_path, "val/rewards/margins") is results.last(tmp_path, "val/loss") is None
+    assert "<td>0.7000</td><td>-</td>" in write_report(tmp_path).read_text()
+    logger.rewind(2)
+    assert steps(logger.path) == [0, 1, 2]
 
 
 def test_rewind_drops_what_comes_later_and_what_was_cut_short(logger):
