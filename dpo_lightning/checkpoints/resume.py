@@ -20,6 +20,7 @@ from dpo_lightning.checkpoints.folder import (
     verify,
 )
 from dpo_lightning.checkpoints.starts import is_repeated
+from dpo_lightning.paths import looking
 from dpo_lightning.types import UserError
 
 ORIGIN = "resumed_from"  # of a run's folder
@@ -57,8 +58,9 @@ def _by_name(resume: str, run_dir: Path, tidy: bool, line: str) -> Path:
         _refuse_links(run_dir, found)
         if found is not None and step_of(found) >= (step_number(folder) or 0):
             return found
-    if not folder.exists():
-        raise UserError(f"resume={resume}: no such checkpoint; give an existing one, auto or never")
+    with looking("resume", folder):
+        if not folder.exists():
+            raise UserError(f"resume={resume}: no such checkpoint; give an existing one, auto or never")
     if (reason := verify(folder)) is not None:
         raise UserError(
             f"resume={resume}: not a whole checkpoint, {reason}; give a folder like RUN_DIR/checkpoints/step-00000012"

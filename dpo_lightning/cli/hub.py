@@ -12,6 +12,7 @@ from threading import Thread
 from omegaconf import DictConfig
 
 from dpo_lightning.cli.secrets import without_passwords
+from dpo_lightning.paths import looking
 
 TIMEOUT_S = 5
 SWITCH, ON = "HF_HUB_OFFLINE", ("1", "ON", "YES", "TRUE")  # as huggingface_hub reads it
@@ -31,11 +32,18 @@ def prefer_cache(cfg: DictConfig) -> None:
 
 
 def needs_hub(cfg: DictConfig) -> bool:
-    """Return whether model, tokenizer or data are given by a name on the hub."""
+    """Return whether model, tokenizer or data are given by a name on the hub. Raises UserError for a closed path."""
     weights = None if cfg.model.init == "random" or cfg.model.name.startswith("wheel:") else cfg.model.name
     tokenizer = None if cfg.model.tokenizer == "bytes" else cfg.model.tokenizer
-    named = any(name is not None and not Path(name).is_dir() for name in (weights, tokenizer))
-    return named or cfg.data.name is not None
+    named = [_is_named(key, name) for key, name in (("model.name", weights), ("model.tokenizer", tokenizer))]
+    return any(named) or cfg.data.name is not None
+
+
+def _is_named(key: str, name: str | None) -> bool:
+    if name is None:
+        return False
+    with looking(key, name):
+        return not Path(name).is_dir()
 
 
 def unreachable(address: str) -> str | None:

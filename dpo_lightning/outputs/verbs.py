@@ -14,6 +14,7 @@ from rich.text import Text
 
 from dpo_lightning.outputs.report import write_report
 from dpo_lightning.outputs.results import ROWS, validations
+from dpo_lightning.paths import looking
 from dpo_lightning.types import UserError
 
 ELSEWHERE = "free space, or copy the run to a folder that may be written"
@@ -24,8 +25,9 @@ def run_folder(cfg: Mapping[str, Any]) -> Path:
     if not cfg["run_dir"]:
         raise UserError("run_dir is not set: give run_dir=FOLDER of a run")
     folder = Path(cfg["run_dir"])
-    if not (folder / "metrics.jsonl").is_file():
-        raise UserError(f"run_dir={folder}: no metrics.jsonl there; give the folder of a run")
+    with looking("run_dir", folder):
+        if not (folder / "metrics.jsonl").is_file():
+            raise UserError(f"run_dir={folder}: no metrics.jsonl there; give the folder of a run")
     return folder
 
 
@@ -60,8 +62,9 @@ def export(cfg: Mapping[str, Any]) -> int:
     adapter = folder / "adapter"
     if not cfg["export"]["merge"]:
         raise UserError("export.merge=false: there is nothing to do, runs export their adapter; give export.merge=true")
-    if not (adapter / "adapter_config.json").is_file():
-        raise UserError(f"run_dir={folder}: no adapter/ to merge; the run trained all weights, or has not ended")
+    with looking("run_dir", folder):
+        if not (adapter / "adapter_config.json").is_file():
+            raise UserError(f"run_dir={folder}: no adapter/ to merge; the run trained all weights, or has not ended")
     import torch
     from peft import AutoPeftModelForCausalLM
     from safetensors import SafetensorError

