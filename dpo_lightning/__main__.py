@@ -128,7 +128,7 @@ def judge_rows(cfg: DictConfig) -> None:
 
     for key in ("data.path", "data.val_path"):
         if path := OmegaConf.select(cfg, key):
-            validate(FileSource(path))
+            validate(FileSource(path, key))
 
 
 def attempt(verb: str, cfg: DictConfig, codes: list[int]) -> float | None:

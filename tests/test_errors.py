@@ -91,6 +91,7 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "folder as data file": (["data=jsonl", "data.path=TMP/own"], ["data.path=TMP/own: a folder", "give a"]),
     "number as data file": (["data=jsonl", "data.path=5"], ["data.path=5: must be text"]),
     "file of unknown kind": (["data=jsonl", "data.path=TMP/rows.txt"], ["data.path=TMP/rows.txt", "give one of"]),
+    "validation file of unknown kind": (["data.val_path=TMP/rows.txt"], ["data.val_path=TMP/rows.txt: unknown kind"]),
     "empty file": (["data=jsonl", "data.path=TMP/empty.jsonl"], ["empty.jsonl: no usable pair", "give rows"]),
     "blank lines alone": (["data=jsonl", "data.path=TMP/blank.jsonl"], ["blank.jsonl: no usable pair", "give rows"]),
     "zero rows": (["data=jsonl", "data.path=TMP/none.json"], ["none.json: no usable pair", "give rows"]),

@@ -216,7 +216,7 @@ def sources(
     val_split: str | None,
 ) -> tuple[Source, Source | None]:
     """Return where the training rows and, if they are given apart, the validation rows come from."""
-    val = FileSource(val_path) if val_path else None
+    val = FileSource(val_path, "data.val_path") if val_path else None
     if path is not None:
         return FileSource(path), val
     assert name is not None, "config.check demands one of path and name"

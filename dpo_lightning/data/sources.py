@@ -44,9 +44,10 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class FileSource:
-    """A jsonl, json (a list of rows), csv or parquet file, each also as .gz but parquet."""
+    """A jsonl, json (a list of rows), csv or parquet file, each also as .gz but parquet; `key` is told in errors."""
 
     path: str
+    key: str = "data.path"
 
     @property
     def name(self) -> str:
@@ -65,14 +66,14 @@ class FileSource:
             with self.file.open("rb") as stream:
                 return hashlib.file_digest(stream, "sha256").hexdigest()
         except PermissionError as error:
-            raise UserError(f"data.path={self.path}: may not be read ({error.strerror})") from None
+            raise UserError(f"{self.key}={self.path}: may not be read ({error.strerror})") from None
 
     def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield `("FILE line 3", row)`; a UserError names the first line that cannot be read."""
         name = self.file.name.lower()
         zipped, kind = name.endswith(".gz"), Path(name.removesuffix(".gz")).suffix
         if kind not in SUFFIXES:
-            raise UserError(f"data.path={self.path}: unknown kind of file; give one of {', '.join(SUFFIXES)}")
+            raise UserError(f"{self.key}={self.path}: unknown kind of file; give one of {', '.join(SUFFIXES)}")
         if kind == ".parquet":
             yield from self._parquet()
             return

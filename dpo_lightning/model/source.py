@@ -66,7 +66,8 @@ class ModelSource:
     def load_tokenizer(self) -> Any:
         """Return the tokenizer, with a pad token. Raises UserError where there is none to be had."""
         name = self.tokenizer or ("bytes" if self.init == "random" else self.folder())
-        tokenizer = byte_tokenizer() if name == "bytes" else _reachable(name, AutoTokenizer.from_pretrained)
+        key = "model.tokenizer" if self.tokenizer else "model.name"
+        tokenizer = byte_tokenizer() if name == "bytes" else _reachable(name, AutoTokenizer.from_pretrained, key)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
@@ -74,7 +75,7 @@ class ModelSource:
     def load(self, dtype: torch.dtype) -> torch.nn.Module:
         """Return the model in `dtype`, in training mode, its own dropout off, so that policy equals reference."""
         own = _dropouts(self.config())
-        silenced = dict.fromkeys(own, 0.0)
+        silenced: dict[str, Any] = dict.fromkeys(own, 0.0)
         model = _reachable(self.folder(), AutoModelForCausalLM.from_pretrained, dtype=dtype, **silenced)
         model.config.use_cache, model.dpo_own_dropout = False, own
         if self.gradient_checkpointing:
@@ -275,22 +276,23 @@ def _made(folder: Path, write: Callable[[Path], None]) -> Path:
     return folder
 
 
-def _reachable(name: str, load: Callable[..., Any], **options: Any) -> Any:
-    """Load, or say in a line what stands in the way."""
+def _reachable(name: str, load: Callable[..., Any], key: str = "model.name", **options: Any) -> Any:
+    """Load what the key names, or say in a line what stands in the way."""
     try:
         return load(name, **options)
     except (OSError, ValueError, SafetensorError) as error:
         why = str(error).partition("\n")[0]  # may be empty
-        with looking("model.name", name):
-            remedy = _remedy(name, str(error))
-        raise UserError(f"model.name={name}: cannot be loaded ({why}); {remedy}") from error
+        with looking(key, name):
+            remedy = _remedy(name, str(error), key)
+        raise UserError(f"{key}={name}: cannot be loaded ({why}); {remedy}") from error
 
 
-def _remedy(name: str, text: str) -> str:
+def _remedy(name: str, text: str, key: str) -> str:
     if hub.HF_HUB_OFFLINE and not Path(name).exists():
         return f"it is not in the local cache: where there is a network, `hf download {shlex.quote(name)}`"
     if (Path(name) / "adapter_config.json").is_file():
         return "it is an adapter: merge it first, `python -m dpo_lightning export run_dir=RUN export.merge=true`"
     if "gated" in text or "401" in text or "403" in text:
         return "accept its licence on the hub and log in with `hf auth login`, or set HF_TOKEN"
-    return "check the name and the network, or download it elsewhere and give model=hf model.name=FOLDER"
+    folder = "model=hf model.name=FOLDER" if key == "model.name" else f"{key}=FOLDER"
+    return f"check the name and the network, or download it elsewhere and give {folder}"

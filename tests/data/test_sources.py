@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import gzip
 import json
 from pathlib import Path
@@ -12,6 +13,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from dpo_lightning.data.datamodule import sources
 from dpo_lightning.data.sources import SHIPPED, FileSource, HubSource
 from dpo_lightning.types import UserError
 
@@ -231,6 +233,18 @@ def test_a_broken_file_is_refused_with_its_place_and_the_remedy(
     name: str, data: bytes, message: str, tmp_path: Path
 ) -> None:
     assert message in refusal(write(tmp_path, name, data))
+
+
+def test_validation_rows_are_told_by_their_own_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, given = sources("shipped:fashion", str(tmp_path / "a.jsonl"), None, None, "train", None)
+    assert given is not None
+
+    def refuse(*_: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(UserError, match=rf"^data\.val_path={tmp_path}/a\.jsonl: may not be read \(Permission denied\)"):
+        given.digest()
 
 
 def test_rows_before_the_broken_one_are_given(tmp_path: Path) -> None:

@@ -63,6 +63,14 @@ def test_a_folder_without_a_model_is_told_in_a_line(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_a_tokenizer_that_cannot_be_loaded_is_told_by_its_own_key(tmp_path):
+    source = ModelSource("tiny", tmp_path, init="random", architecture="llama", tokenizer=str(tmp_path))
+    with pytest.raises(
+        UserError, match=rf"^model\.tokenizer={tmp_path}: cannot be loaded .* and give model\.tokenizer=FOLDER$"
+    ):
+        source.load_tokenizer()
+
+
 def test_a_gated_model_is_told_how_to_get_in(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise OSError("You are trying to access a gated repo.\nMake sure to have access to it")
