@@ -60,18 +60,23 @@ class FileSource:
         shipped = self.path.startswith("shipped:")
         return SHIPPED / f"{self.path.removeprefix('shipped:')}.jsonl" if shipped else Path(self.path)
 
+    @property
+    def kind(self) -> str:
+        """Return the suffix that says how the file is read, with .gz where it is zipped."""
+        name = self.file.name.lower()
+        return Path(name.removesuffix(".gz")).suffix + (".gz" if name.endswith(".gz") else "")
+
     def digest(self) -> str:
-        """Return the sha256 of the file's bytes."""
+        """Return the sha256 of the file's bytes, and its kind: what are rows in one may be none in another."""
         try:
             with self.file.open("rb") as stream:
-                return hashlib.file_digest(stream, "sha256").hexdigest()
+                return hashlib.file_digest(stream, "sha256").hexdigest() + self.kind
         except PermissionError as error:
             raise UserError(f"{self.key}={self.path}: may not be read ({error.strerror})") from None
 
     def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield `("FILE line 3", row)`; a UserError names the first line that cannot be read."""
-        name = self.file.name.lower()
-        zipped, kind = name.endswith(".gz"), Path(name.removesuffix(".gz")).suffix
+        zipped, kind = self.kind.endswith(".gz"), self.kind.removesuffix(".gz")
         if kind not in SUFFIXES:
             raise UserError(f"{self.key}={self.path}: unknown kind of file; give one of {', '.join(SUFFIXES)}")
         if kind == ".parquet":

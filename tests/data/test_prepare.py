@@ -326,6 +326,12 @@ def test_rows_that_were_refused_are_read_again(tmp_path: Path) -> None:
     assert refusal(source(tmp_path, [*ROWS, {"prompt": "Q"}])) != []
 
 
+def test_bytes_that_have_passed_as_one_kind_of_file_are_refused_as_another(tmp_path: Path, tokenizer: Any) -> None:
+    made(source(tmp_path, ROWS), tokenizer)
+    assert "unknown kind of file" in refusal(source(tmp_path, ROWS, "rows.txt"))[0]
+    assert refusal(source(tmp_path, ROWS, "rows.csv")) != []
+
+
 def test_a_file_of_which_nothing_is_left_says_why(tmp_path: Path) -> None:
     remedy = "give rows with a prompt and two different answers"
     equal, empty = {"prompt": "Q", "chosen": "a", "rejected": "a"}, {"prompt": "Q", "chosen": "", "rejected": "b"}

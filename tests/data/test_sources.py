@@ -275,9 +275,11 @@ def test_shipped_names_a_file_of_the_package() -> None:
     assert list(row) == ["prompt", "chosen", "rejected"]
 
 
-def test_the_digest_is_that_of_the_bytes_alone(tmp_path: Path) -> None:
-    first, copy = write(tmp_path, "a.jsonl", b"{}"), write(tmp_path, "b.jsonl", b"{}")
-    assert first.digest() == copy.digest() == "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"
+def test_the_digest_is_that_of_the_bytes_and_the_kind_of_file_alone(tmp_path: Path) -> None:
+    first, copy = write(tmp_path, "a.jsonl", b"{}"), write(tmp_path, "b.JSONL", b"{}")
+    assert first.digest() == copy.digest() == "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a.jsonl"
+    others = {write(tmp_path, name, b"{}").digest() for name in ("a", "a.txt", "a.json", "a.csv", "a.jsonl.gz", "a.gz")}
+    assert len(others) == 6 and copy.digest() not in others
     assert write(tmp_path, "a.jsonl", b"{ }").digest() != copy.digest()
 
 
