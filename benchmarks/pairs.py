@@ -82,8 +82,8 @@ def main(job: dict[str, Any]) -> None:
     from hydra import compose, initialize_config_dir
     from hydra.utils import instantiate
 
+    from dpo_lightning.cache import cache_dir
     from dpo_lightning.config import CONF
-    from dpo_lightning.data.prepare import cache_dir
 
     with initialize_config_dir(str(CONF), version_base="1.3"):
         source = instantiate(compose("config", job["words"]).model, cache=cache_dir() / "models")

@@ -19,6 +19,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from transformers.utils.logging import disable_progress_bar
 
+from dpo_lightning.cache import cache_dir
 from dpo_lightning.checkpoints import lock
 from dpo_lightning.checkpoints.base import Base
 from dpo_lightning.checkpoints.changes import changed
@@ -33,7 +34,7 @@ from dpo_lightning.cluster.exits import STORAGE, RankLost, StorageError, TooLarg
 from dpo_lightning.cluster.interrupt import Interrupt
 from dpo_lightning.cluster.watchdog import TALK, Watchdog
 from dpo_lightning.data.datamodule import PreferenceData
-from dpo_lightning.data.prepare import cache_dir, left_out
+from dpo_lightning.data.prepare import left_out
 from dpo_lightning.finish import finish
 from dpo_lightning.model.source import ModelSource
 from dpo_lightning.resolve import check_resume, fingerprint, passes, plain, resolve, step_pairs

@@ -104,8 +104,9 @@ MUTANTS = [
         "tests/training/test_reference_cache.py::test_only_what_changes_the_numbers_is_in_the_key",
     ),
     Mutant(
-        "two writers of the reference cache write over each other", "data/reference_store.py",
-        "            fcntl.flock(descriptor, fcntl.LOCK_EX)\n", "", "tests/data/test_reference_store.py",
+        "two writers of the reference cache write over each other", "cache.py",
+        "fcntl.flock(descriptor, fcntl.LOCK_EX)", "fcntl.flock(descriptor, fcntl.LOCK_SH)",
+        "tests/data/test_reference_store.py",
     ),
     Mutant(
         "attention sinks are left out of the shared prefix", "model/attention.py",

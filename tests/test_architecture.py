@@ -23,20 +23,22 @@ MAY_USE = {
     "keys": set(),
     "metrics_file": {"types"},
     "paths": {"types"},
+    "cache": {"types"},
     "contradictions": {"types", "paths"},
     "config": {"types", "keys", "contradictions"},
     "cli": {"types", "paths", "keys", "config", "cluster"},
-    "data": {"types"},
+    "data": {"types", "cache"},
     "objective": {"types"},
-    "model": {"types", "paths", "data", "objective"},
+    "model": {"types", "paths", "cache", "objective"},
     "cluster": {"types"},
-    "checkpoints": {"types", "paths", "cluster"},
+    "checkpoints": {"types", "paths", "cache", "cluster"},
     "training": {"types", "metrics_file", "data", "objective", "model", "cluster", "checkpoints"},
     "outputs": {"types", "paths", "metrics_file", "data", "model"},
     "finish": {"types", "data", "model", "cluster", "training", "outputs"},
     "resolve": {"types", "data", "model", "checkpoints", "training"},
     "train": {
         "types",
+        "cache",
         "config",
         "data",
         "objective",
@@ -61,7 +63,7 @@ ONLY_IN = {
 }
 NEVER_AT_THE_TOP = {
     "deepspeed": r".*",
-    "torch": r"(__init__|config|contradictions|keys|paths|types|__main__|cli/\w+)\.py",
+    "torch": r"(__init__|cache|config|contradictions|keys|paths|types|__main__|cli/\w+)\.py",
 }
 
 

@@ -13,6 +13,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from dpo_lightning.cache import LOCKLESS
 from dpo_lightning.types import UserError
 
 LOCK = ".lock"
@@ -59,7 +60,7 @@ def _wait(file: int, run_dir: Path) -> None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
         except OSError as error:
-            if error.errno in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK):  # a file system mounted without locks
+            if error.errno in LOCKLESS:
                 print(f"warning: {run_dir} cannot be locked ({error.strerror}): do not start a run in it twice")
                 return
             if error.errno not in (errno.EAGAIN, errno.EACCES):

@@ -6,8 +6,6 @@ not by its text or tokens.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import itertools
 import json
@@ -15,13 +13,13 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dpo_lightning.cache import cache_dir, locked, refused, writes_cache
 from dpo_lightning.data.pairs import Unusable, to_pair
 from dpo_lightning.data.sources import Source
 from dpo_lightning.data.tokenize import tokenize_pairs
@@ -31,8 +29,6 @@ VERSION = 7  # part of the key: raise it when the same rows would give other ids
 TOKENIZER_BATCH = 1000
 SIDES = ("prompt", "chosen", "rejected")
 SHOWN = 5  # bad rows that are named before the rest is counted
-LOCKLESS = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)  # what a file system without locks answers
-REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}  # a write, by the disk
 
 
 @dataclass
@@ -50,27 +46,6 @@ class Census:
         self.skipped[reason] = self.skipped.get(reason, 0) + 1
 
 
-def cache_dir() -> Path:
-    """Return the folder for everything that is computed once: $DPO_LIGHTNING_CACHE, else under ~/.cache."""
-    if own := os.environ.get("DPO_LIGHTNING_CACHE"):
-        return Path(own)
-    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"  # some accounts have no home
-    return Path(caches, "dpo_lightning")
-
-
-@contextmanager
-def writes_cache() -> Iterator[None]:
-    """Make one line of what hinders a write into `cache_dir`. Raises UserError."""
-    try:
-        yield
-    except OSError as error:
-        first = _refused(error) or error  # `datasets` raises another in its place
-        raise UserError(
-            f"the cache {cache_dir()} cannot be written ({first.strerror or _line(first)}); "
-            "free space or set DPO_LIGHTNING_CACHE to another folder"
-        ) from error
-
-
 def prepare(
     source: Source, tokenizer: Any, max_length: int, template: str, max_pairs: int | None
 ) -> tuple[Any, Census]:
@@ -86,12 +61,12 @@ def prepare(
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
     folder = cache_dir() / "data"
     job = _Job(source, tokenizer, max_length, template, max_pairs, folder / f"{key}.json")
-    with writes_cache(), _alone(folder / f"{key}.lock"):
+    with writes_cache(), locked(folder / f"{key}.lock"):
         try:
             return _table(job, key)
         except (OSError, ValueError, TypeError, LookupError) as error:  # of Arrow's, of JSON's
             damaged = [*folder.glob(f"generator/*{key}")]
-            if isinstance(error, UserError) or _refused(error) or not damaged:
+            if isinstance(error, UserError) or refused(error) or not damaged:
                 raise
             print(f"warning: {damaged[0]} cannot be read ({_line(error)}): the rows are tokenised again", flush=True)
             for table in damaged:
@@ -122,26 +97,13 @@ def _table(job: _Job, key: str) -> tuple[Any, Census]:
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
-        if (refused := _refused(error)) is not None:
-            raise refused from None
+        if (by_disk := refused(error)) is not None:
+            raise by_disk from None
         raise
     census = Census(**json.loads(job.census_file.read_text()))
     if len(table) != census.pairs:
         raise ValueError(f"{len(table)} of {census.pairs} pairs")
     return table, census
-
-
-@contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """Wait for other processes that are in the same body with the same file."""
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in LOCKLESS:
-                raise
-        yield
 
 
 def validate(source: Source) -> None:
@@ -176,13 +138,6 @@ def validate(source: Source) -> None:
 
 def _line(error: BaseException) -> str:
     return " ".join(str(error).split())
-
-
-def _refused(error: BaseException | None) -> OSError | None:
-    """Return what a disk refused, out of the causes of an error; None where it was something else, as in reading."""
-    while error is not None and not (isinstance(error, OSError) and error.errno in REFUSED):
-        error = error.__cause__ or error.__context__
-    return error
 
 
 @dataclass

@@ -2,16 +2,18 @@
 
 One file holds what one reference gives under one set of numerics; its name is a digest of both. A record is
 appended whole under a lock, carries a checksum, and is never changed: any number of processes may read and write at
-once, and a file that was cut short or damaged loses the records concerned, which are computed again.
+once, and a file that was cut short or damaged, or written at once where there are no locks, loses the records
+concerned, which are computed again.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 from pathlib import Path
 
 import numpy as np
+
+from dpo_lightning.cache import locked
 
 RECORD = np.dtype([("key", "S16"), ("logps", "<f4", 2), ("check", "<u4")])
 _WORDS = RECORD.itemsize // 4 - 1
@@ -42,17 +44,12 @@ class ReferenceStore:
         records = np.zeros(len(keys_N), RECORD)
         records["key"], records["logps"] = keys_N, logps_N2
         records["check"] = _checksum(records)
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with locked(self.file) as descriptor:
             end = os.fstat(descriptor).st_size
             os.lseek(descriptor, end - end % RECORD.itemsize, os.SEEK_SET)  # over what a killed writer left
             left = memoryview(records.tobytes())
             while left:
                 left = left[os.write(descriptor, left) :]
-        finally:
-            os.close(descriptor)  # gives the lock back
 
     def _records(self) -> np.ndarray:
         if not self.file.exists():

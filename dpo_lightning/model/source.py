@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.hub import cached_file
 
-from dpo_lightning.data.prepare import writes_cache
+from dpo_lightning.cache import writes_cache
 from dpo_lightning.model.tiny import byte_tokenizer
 from dpo_lightning.paths import looking, package_folder
 from dpo_lightning.types import UserError

@@ -1,5 +1,7 @@
 """Fixed-size records that several processes write at once, and that damage or a kill cannot make wrong."""
 
+import errno
+import fcntl
 import multiprocessing
 import os
 import time
@@ -36,6 +38,26 @@ def test_what_was_appended_is_found_and_nothing_else(store):
 def test_a_record_is_as_large_as_it_says(store):
     store.append(*some(1000))
     assert store.file.stat().st_size == 1000 * RECORD.itemsize == 28_000
+
+
+@pytest.mark.parametrize("why", [errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP])
+def test_a_file_system_without_locks_keeps_records_too(store, monkeypatch, why):
+    def none(*args):
+        raise OSError(why, os.strerror(why))
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    store.append(*some(3))
+    store.append(*some(3, start=3))
+    assert not np.isnan(store.find(some(6)[0])).any()
+
+
+def test_a_lock_that_fails_otherwise_is_an_error(store, monkeypatch):
+    def fails(*args):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(fcntl, "flock", fails)
+    with pytest.raises(OSError, match="Input/output error"):
+        store.append(*some(3))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
