@@ -30,3 +30,8 @@ def package_folder(name: str) -> Path | None:
     except (ImportError, ValueError):  # what a dotted name begins with is not there; no name at all
         return None
     return Path(spec.origin).parent if spec and spec.origin else None
+
+
+def is_path(name: str) -> bool:
+    """Return whether a name can only be meant as a path: no name on the hub begins so."""
+    return name.startswith(("/", ".", "~"))

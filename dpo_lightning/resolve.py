@@ -100,7 +100,10 @@ def check_resume(cfg: DictConfig, data: PreferenceData, resume: Path | None) -> 
     """Raise UserError where the run that is resumed was another one: other data, another loss, another step."""
     if resume is None:
         return
-    compare_config(json.loads((resume.parent / CONFIG).read_text()), plain(cfg), cfg.resume_allow)
+    try:
+        compare_config(json.loads((resume.parent / CONFIG).read_text()), plain(cfg), cfg.resume_allow)
+    except UserError as error:
+        raise UserError(f"{error}\nthe checkpoint is {resume.parent}; another run_dir begins another run") from None
     manifest = json.loads((resume.parent / MANIFEST).read_text())
     if manifest.get("data") != fingerprint(data) and "data" not in cfg.resume_allow:
         allow = ",".join([*cfg.resume_allow, "data"])

@@ -141,7 +141,7 @@ def newest(run_dir: Path, tidy: bool = True) -> Path | None:
 
 def is_first_process() -> bool:
     """Return whether this process is the first of the run's, as far as its launcher's variables tell."""
-    if (rank := os.environ.get("RANK")) is not None:
+    if rank := os.environ.get("RANK"):
         return int(rank) == 0
     # Lightning's own children inherit SLURM_PROCID=0 from an interactive job: every one that is set has to be 0
     return all(int(os.environ.get(name, "0")) == 0 for name in ("SLURM_PROCID", "NODE_RANK", "LOCAL_RANK"))

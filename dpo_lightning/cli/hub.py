@@ -12,7 +12,7 @@ from threading import Thread
 from omegaconf import DictConfig
 
 from dpo_lightning.cli.secrets import without_passwords
-from dpo_lightning.paths import looking
+from dpo_lightning.paths import is_path, looking
 
 TIMEOUT_S = 5
 SWITCH, ON = "HF_HUB_OFFLINE", ("1", "ON", "YES", "TRUE")  # as huggingface_hub reads it
@@ -40,7 +40,7 @@ def needs_hub(cfg: DictConfig) -> bool:
 
 
 def _is_named(key: str, name: str | None) -> bool:
-    if name is None:
+    if name is None or is_path(name):
         return False
     with looking(key, name):
         return not Path(name).is_dir()

@@ -33,8 +33,8 @@ def first_host(nodes: str) -> str:
 
 def end_of_job() -> float | None:
     """Return when SLURM will end this job, in seconds since the epoch; None where it has no end or does not tell."""
-    if "SLURM_JOB_END_TIME" in os.environ:
-        return float(os.environ["SLURM_JOB_END_TIME"])
+    if told := os.environ.get("SLURM_JOB_END_TIME"):
+        return float(told)
     job = job_id()
     if job is None or shutil.which("squeue") is None:
         return None

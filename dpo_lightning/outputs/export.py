@@ -45,7 +45,7 @@ def _write_weights(policy: Any, is_adapter: bool, scratch: Path) -> None:
         write_weights(policy, scratch, save_embedding_layers=False)
     else:
         model = _merged(policy) if isinstance(policy, PeftModel) else policy
-        model.config.update({"use_cache": True, **getattr(model, "dpo_own_dropout", {})})  # as the base has them
+        model.config.update({"use_cache": True, **getattr(model, "dpo_own_noise", {})})  # as the base has them
         write_weights(model, scratch)
 
 

@@ -64,7 +64,7 @@ class DPOModule(pl.LightningModule):
         self.grad_norm: Tensor | float | None = None
         self.skipped_steps: int | None = None  # spikes that were left out, if that was asked for
         self.step_lr, self.entered = 0.0, 0.0
-        self.started = self.settled = False
+        self.settled, self.checked = False, set[str]()  # stages whose first batch was checked
         self.whole: dict[str, Tensor] | None = None
 
     def configure_model(self) -> None:
@@ -130,9 +130,9 @@ class DPOModule(pl.LightningModule):
         loss_B = self.loss(policy, reference)
         if stage == "train":
             loss_B = points.spoilt(loss_B, self.trainer.global_step)
-        if not self.started and self.trainer.global_step == 0:
-            check_start(self, policy, reference, loss_B)
-        self.started = True
+        if stage not in self.checked and self.trainer.global_step == 0:
+            check_start(self, policy, reference, loss_B)  # in training again, as there may be noise that is off before
+        self.checked.add(stage)
         metrics = {"loss": loss_B, **preference_metrics(policy, reference, self.beta)}
         self.meters[stage].add(metrics, batch.counted)
         return loss_B if batch.counted else loss_B * 0

@@ -39,8 +39,8 @@ def check_start(module: Any, policy: PairLogps, reference: PairLogps, loss_B: Te
         else (
             f"the first loss is {loss:.6f} and should be {expected:.6f}, as policy and reference are equal before the "
             f"first update; their log-probabilities differ by up to {gaps_2B.max().item():.4g}. One of these is wrong: "
-            "the reference is not the base model, the adapter did not start at zero, a dropout is on, or the "
-            "log-probabilities are computed differently"
+            "the reference is not the base model, the adapter did not start at zero, a dropout or another noise is on, "
+            "or the log-probabilities are computed differently"
         )
     )
     for rank, text in enumerate(gather_texts(told, module.trainer.strategy.root_device)):

@@ -224,6 +224,11 @@ MALFORMED = {
     ),
     "tools": ({"tools": [{"type": "function"}], **row([Q], [GOOD], [BAD])}, ["'tools'", "not read"]),
     "a tool call": (row([Q], [{**GOOD, "tool_calls": [{"name": "f"}]}], [BAD]), ["'chosen'", "'tool_calls'"]),
+    "messages as pandas writes them": (row("Q", str([GOOD]), str([BAD])), ["written as text", "json or parquet"]),
+    "messages as json.dumps writes them": (
+        {"chosen": json.dumps([Q, GOOD], indent=1), "rejected": json.dumps([Q, BAD])},
+        ["written as text"],
+    ),
     "reasoning": (row([Q], [{**GOOD, "reasoning": "hm"}], [BAD]), ["'chosen'", "'reasoning'"]),
     "two system turns": ({"system": "S", **row([system("T"), Q], [GOOD], [BAD])}, ["'system'", "leave one"]),
     "system a number": ({"system": 3, **row("Q", "a", "b")}, ["'system'", "found int"]),

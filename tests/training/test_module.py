@@ -9,6 +9,7 @@ import torch
 
 from dpo_lightning.cluster.exits import WrongNumbers
 from dpo_lightning.data.datamodule import PreferenceData
+from dpo_lightning.model import source as source_of_models
 from dpo_lightning.model.lora import add_lora, no_lora
 from dpo_lightning.model.reference import build_reference
 from dpo_lightning.model.source import ModelSource
@@ -16,6 +17,7 @@ from dpo_lightning.objective.losses import dpo
 from dpo_lightning.training.metric_log import MetricLog
 from dpo_lightning.training.module import DPOModule
 from dpo_lightning.training.optim import adamw
+from tests.ranks import TINY as TINY_RUN
 
 TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 LORA = partial(add_lora, r=4, lora_alpha=8, lora_dropout=0.0, target_modules="all-linear")
@@ -153,3 +155,13 @@ def test_a_dtype_of_sixteen_bits_leaves_the_buffers_as_they_are():
     assert torch.equal(module.policy.frequencies, before)
     torch.nn.Module.to(module, "meta")
     assert (module.policy.frequencies.device.type, module.policy.frequencies.dtype) == ("meta", torch.float32)
+
+
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys")  # PEFT's, of experts
+def test_noise_that_training_alone_has_is_seen_behind_a_first_validation(cli, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(source_of_models, "noise", lambda config: {})
+    experts = ["model.architecture=mixtral", "+model.dimensions.router_jitter_noise=0.5"]
+    experts += ["+model.dimensions.num_local_experts=4", "+model.dimensions.num_experts_per_tok=2"]
+    assert cli(*TINY_RUN, *experts, "trainer.max_steps=2", f"run_dir={tmp_path / 'run'}") == 3
+    told = capsys.readouterr()
+    assert "another noise is on" in told.err and "layout      shared" in told.out

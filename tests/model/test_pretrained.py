@@ -1,0 +1,112 @@
+"""What cannot be trained as it is named is told in a line, and never filled up."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from dpo_lightning.model.lora import add_lora
+from dpo_lightning.model.pretrained import loaded
+from dpo_lightning.model.source import ModelSource
+from dpo_lightning.types import UserError
+from tests.model.test_layout import SMALL, model_of
+
+MIXTRAL = {"num_local_experts": 4, "num_experts_per_tok": 2, "router_jitter_noise": 0.1}
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    model_of("llama", {"tie_word_embeddings": False}).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def source(folder: Path) -> ModelSource:
+    return ModelSource(str(folder), folder.parent / "cache")
+
+
+def rewrite(folder: Path, change: Any) -> None:
+    file = folder / "model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+
+
+def config(folder: Path, **fields: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda w: {k: v for k, v in w.items() if k != "lm_head.weight"}, "its files lack lm_head.weight, which"),
+        (lambda w: {k: v for k, v in w.items() if "layers.1.mlp" not in k}, r"lack model\.layers\.1\.mlp\.\S+, \S+, "),
+        (lambda w: {f"other.{k}": v for k, v in w.items()}, r"and \d+ more, which would be random"),
+    ],
+)
+def test_weights_that_are_in_no_file_are_told_and_not_made_up(change, told, folder):
+    assert source(folder).load(torch.float32).training
+    rewrite(folder, change)
+    with pytest.raises(UserError, match=f"model.name=.*{told}"):
+        source(folder).load(torch.float32)
+
+
+def test_a_tied_head_and_a_head_that_a_language_model_does_not_read_are_no_lack(tmp_path):
+    for architecture in ("gemma", "gpt2"):
+        model_of(architecture, {"tie_word_embeddings": True}).save_pretrained(tmp_path / architecture)
+        source(tmp_path / architecture).load(torch.float32)
+
+
+def test_weights_of_another_shape_are_told(folder):
+    config(folder, intermediate_size=96)
+    with pytest.raises(UserError, match=r"model\.name=.* cannot be loaded"):
+        source(folder).load(torch.float32)
+
+
+def test_a_tokenizer_of_an_unknown_kind_is_told(folder):
+    (folder / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "Unknown"}, "added_tokens": []}')
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    with pytest.raises(UserError, match=r"model\.name=.* cannot be loaded"):
+        source(folder).load_tokenizer()
+
+
+def test_code_that_comes_with_a_model_is_neither_run_nor_asked_about(folder, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    (folder / "conf.py").write_text("raise SystemExit('run')")
+    config(folder, model_type="mine", auto_map={"AutoConfig": "conf.Mine"})
+    with pytest.raises(UserError, match="comes with code of its own, which is not run"):
+        source(folder).config()
+
+
+def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub():
+    with pytest.raises(UserError, match=r"^model\.tokenizer=/no/such/folder: .*; there is no such folder$"):
+        loaded("/no/such/folder", AutoTokenizer.from_pretrained, "model.tokenizer")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fields"), [("mixtral", MIXTRAL), ("opt", {"layerdrop": 0.5, "dropout": 0.1, "ffn_dim": 48})]
+)
+def test_a_training_forward_pass_is_that_of_evaluation(architecture, fields, tmp_path):
+    model_of(architecture, fields).save_pretrained(tmp_path / "model")
+    model = source(tmp_path / "model").load(torch.float32)
+    ids = torch.arange(3, 20)[None]
+    training = model(input_ids=ids).logits
+    assert torch.equal(model(input_ids=ids).logits, training)
+    assert torch.equal(model.eval()(input_ids=ids).logits, training)
+
+
+def test_routers_that_return_more_than_a_product_have_no_adapter():
+    fields = {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "intermediate_size_mlp": 48,
+        "attn_temperature_tuning": False,
+    }
+    policy: Any = add_lora(
+        model_of("llama4_text", fields), r=4, lora_alpha=8, lora_dropout=0.0, target_modules="all-linear"
+    )
+    adapted = {name.rpartition(".lora_A")[0] for name, _ in policy.named_parameters() if "lora_A" in name}
+    assert any("q_proj" in name for name in adapted) and not any("router" in name for name in adapted)
+    policy(input_ids=torch.arange(3, 3 + SMALL["num_hidden_layers"])[None])
