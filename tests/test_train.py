@@ -222,7 +222,8 @@ def test_a_log_on_a_full_disk_ends_no_run(tmp_path, cache):
 def test_ctrl_c_saves_and_exports_though_it_has_ended_the_tee_that_reads(tmp_path, cache):
     run = tmp_path / "run"
     words = ["model=tiny", "logger=none", "samples.count=0", "trainer.max_epochs=1000", f"run_dir={run}"]
-    tee = subprocess.Popen(["tee", str(tmp_path / "log")], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    heeds = ["env", "--default-signal=INT"]  # which a suite in the background ignores
+    tee = subprocess.Popen([*heeds, "tee", str(tmp_path / "log")], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
     process = started(words, cache, stdout=tee.stdin)
     assert tee.stdin
     tee.stdin.close()

@@ -178,7 +178,10 @@ def test_another_configuration_or_other_pairs_are_refused(runs, tmp_path, cache)
         keys = {word.partition("=")[0] for word in changed}
         runs_refused.append([*(word for word in words if word.partition("=")[0] not in keys), *changed])
     (output,) = run_ranks(runs_refused, cache, world=1, code=2)
-    refusals = [line for line in output.splitlines() if line.startswith("error: ")]
+    told = [line for line in output.splitlines() if line.startswith("error: ")]
+    place = f"error: the checkpoint is {run / 'checkpoints'}/"
+    refusals = [line for line in told if not line.startswith(place)]
+    assert len(told) == len(refusals) + 2, "keys that differ are told with the checkpoint they differ from"
     for said, refusal in zip(cases, refusals, strict=True):
         assert said in refusal
     other = tmp_path / "other"
