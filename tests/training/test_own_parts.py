@@ -36,3 +36,13 @@ def test_lightnings_early_stopping_sees_the_validations(monitor, epochs, cli, me
     assert len(validations) == 1 + epochs
     assert (run / "adapter" / "adapter_model.safetensors").is_file()
     assert json.loads((run / "starts.jsonl").read_text().splitlines()[-1])["end"] == 0
+
+
+@pytest.mark.parametrize(("given", "told"), [(["trainer.max_steps=99"], True), (["trainer.max_steps=1"], False)])
+def test_more_steps_than_the_epochs_have_are_told(given, told, cli, tmp_path, capsys):
+    words = [word for word in RUN if not word.startswith("trainer.max_epochs")]
+    assert cli(*words, *given, "trainer.limit_val_batches=0", f"run_dir={tmp_path / 'run'}") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert (
+        "all of trainer.max_epochs=1: not trainer.max_steps=99, for which give trainer.max_epochs=-1" in out
+    ) == told
