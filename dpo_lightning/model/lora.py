@@ -30,7 +30,8 @@ def add_lora(
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
     _check_targets(model, targets)
     # The routers of Llama 4 and Phi-MoE are linear layers that return more than their product.
-    routers = [name for name, part in model.named_modules() if "Router" in type(part).__name__ and _is_linear(part)]
+    linear = ((name, part) for name, part in model.named_modules() if isinstance(part, torch.nn.Linear))
+    routers = [name for name, part in linear if "Router" in type(part).__name__]
     config = LoraConfig(
         r=r,
         lora_alpha=lora_alpha,
@@ -68,10 +69,6 @@ def _matches(pattern: str, names: list[str]) -> bool:
         return any(re.fullmatch(pattern, name) for name in names)
     except re.error as error:
         raise UserError(f"lora.target_modules={pattern}: no regular expression ({error})") from None
-
-
-def _is_linear(part: torch.nn.Module) -> bool:
-    return isinstance(part, torch.nn.Linear)
 
 
 def no_lora(model: torch.nn.Module) -> torch.nn.Module:

@@ -28,9 +28,8 @@ def load_model(name: str, dtype: torch.dtype, **options: Any) -> Any:
     Raises UserError where it cannot be loaded, and where one of its weights is in none of its files: transformers
     fills those with random numbers, other ones each time.
     """
-    model, found = loaded(
-        name, AutoModelForCausalLM.from_pretrained, dtype=dtype, output_loading_info=True, **options
-    )  # fmt: skip
+    load = AutoModelForCausalLM.from_pretrained
+    model, found = loaded(name, load, dtype=dtype, output_loading_info=True, **options)
     if missing := sorted(found["missing_keys"]):
         more = f" and {len(missing) - TOLD} more" if len(missing) > TOLD else ""
         raise UserError(
@@ -56,20 +55,21 @@ def loaded(name: str, load: Callable[..., Any], key: str = "model.name", **optio
 def _remedy(name: str, text: str, key: str) -> str:
     there = Path(name).exists()
     given = "model=hf model.name=FOLDER" if key == "model.name" else f"{key}=FOLDER"
-    remedies = {
-        "there is no such folder": is_path(name) and not there,
-        f"it is not in the local cache: where there is a network, `hf download {shlex.quote(name)}`":
-            hub.HF_HUB_OFFLINE and not there,
-        "it is an adapter: merge it first, `python -m dpo_lightning export run_dir=RUN export.merge=true` where a run "
-        "has made it, else PEFT's merge_and_unload()": (Path(name) / "adapter_config.json").is_file(),
-        "it comes with code of its own, which is not run; give a model that transformers knows":
-            "trust_remote_code" in text,
-        "there is no tokenizer; give model.tokenizer=": key == "model.name" and "backend tokenizer" in text,
-        "accept its licence on the hub and log in with `hf auth login`, or set HF_TOKEN":
-            any(sign in text for sign in ("gated", "401", "403")),
-        f"check the name and the network, or download it elsewhere and give {given}": True,
-    }  # fmt: skip
-    return next(remedy for remedy, helps in remedies.items() if helps)
+    remedies = [
+        (is_path(name) and not there, "there is no such folder"),
+        (hub.HF_HUB_OFFLINE and not there,
+         f"it is not in the local cache: where there is a network, `hf download {shlex.quote(name)}`"),
+        ((Path(name) / "adapter_config.json").is_file(),
+         "it is an adapter: merge it first, `python -m dpo_lightning export run_dir=RUN export.merge=true` where a run "
+         "has made it, else PEFT's merge_and_unload()"),
+        ("trust_remote_code" in text,
+         "it comes with code of its own, which is not run; give a model that transformers knows"),
+        (key == "model.name" and "backend tokenizer" in text, "there is no tokenizer; give model.tokenizer="),
+        (any(sign in text for sign in ("gated", "401", "403")),
+         "accept its licence on the hub and log in with `hf auth login`, or set HF_TOKEN"),
+        (True, f"check the name and the network, or download it elsewhere and give {given}"),
+    ]  # fmt: skip
+    return next(remedy for helps, remedy in remedies if helps)
 
 
 def noise(config: Any) -> dict[str, float]:
