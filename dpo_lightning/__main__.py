@@ -49,9 +49,10 @@ def run(verb: str, cfg: DictConfig) -> tuple[int, float | None]:
             from dpo_lightning.outputs import verbs
 
         return getattr(verbs, verb)(cfg), None
-    check(cfg, hydra_config.overrides.task)
-    judge_rows(cfg)
     multirun = hydra_config.mode is not None and hydra_config.mode.name == "MULTIRUN"
+    search = multirun and not hydra_config.sweeper._target_.endswith(".BasicSweeper")
+    check(cfg, hydra_config.overrides.task, search)
+    judge_rows(cfg)
     if verb == "submit":
         return submit(cfg, multirun), None
     warn_of_slurm(hydra_config.overrides.task)

@@ -17,7 +17,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dpo_lightning.contradictions import contradictions, without_effect
+from dpo_lightning.contradictions import contradictions, unmeasured_search, without_effect
 from dpo_lightning.keys import TRAINER_KEYS, targets_of, untrusted, wrong_keys
 from dpo_lightning.types import UserError
 
@@ -125,7 +125,7 @@ CHECKS: dict[str, Check] = {
     "data.val_split": _optional(TEXT),
     "data.max_pairs": _optional(COUNT),
     "data.max_length": (lambda v: _integer(v) and v >= 8, "a whole number of tokens, 8 or more"),
-    "data.val_fraction": (lambda v: _number(v) and 0 < v < 1, "a number between 0 and 1"),
+    "data.val_fraction": SHARE,
     "data.template": _one_of("auto", "chat", "plain"),
     "data.layout": _one_of("auto", "shared", "padded"),
     "data.batch_size": COUNT,
@@ -166,10 +166,14 @@ CHECKS: dict[str, Check] = {
 }
 
 
-def check(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
-    """Raise one UserError with every problem of a composed configuration and of what it was given, a line each."""
+def check(cfg: DictConfig, overrides: Sequence[str] = (), search: bool = False) -> None:
+    """Raise one UserError with every problem of a composed configuration and of what it was given, a line each.
+
+    search: a sweeper goes by `optimized_metric`.
+    """
     check_values(cfg)
-    if problems := [*contradictions(cfg), *without_effect(cfg, overrides)]:
+    unmeasured = unmeasured_search(cfg) if search else ()
+    if problems := [*contradictions(cfg), *unmeasured, *without_effect(cfg, overrides)]:
         raise UserError("\n".join(problems))
 
 

@@ -12,6 +12,11 @@ from omegaconf import DictConfig, OmegaConf
 from dpo_lightning.paths import looking, package_folder
 from dpo_lightning.types import UserError
 
+VALIDATION = tuple(
+    f"trainer.{key}"
+    for key in ("limit_val_batches", "val_check_interval", "check_val_every_n_epoch", "num_sanity_val_steps")
+)
+
 
 def contradictions(cfg: DictConfig) -> Iterator[str]:
     """Yield a line for each; every key by itself is what it must be."""
@@ -61,6 +66,8 @@ def without_effect(cfg: DictConfig, overrides: Sequence[str]) -> Iterator[str]:
         why["data.val_fraction"] = f"with data.val_split={val_split}: give data.val_split=null, too, or leave it out"
     if val_path is not None:
         why |= dict.fromkeys(("data.val_fraction", "data.val_split"), f"with data.val_path={val_path}: leave it out")
+    if not holds_out(cfg):
+        why |= dict.fromkeys(VALIDATION, "with data.val_fraction=0: leave it out")
     if path is not None:
         why |= dict.fromkeys(("data.subset", "data.split", "data.val_split"), f"with data.path={path}: leave it out")
     if OmegaConf.select(cfg, "model.init") == "pretrained":
@@ -71,6 +78,20 @@ def without_effect(cfg: DictConfig, overrides: Sequence[str]) -> Iterator[str]:
         known = next((known for known in why if f"{key}.".startswith(f"{known}.")), None)
         if known and OmegaConf.select(cfg, key) not in (None, {}):
             yield f"{override} has no effect {why[known]}"
+
+
+def holds_out(cfg: DictConfig) -> bool:
+    """Return whether there are pairs that are not trained on."""
+    given = (OmegaConf.select(cfg, f"data.{key}") for key in ("val_path", "val_split"))
+    return any(given) or OmegaConf.select(cfg, "data.val_fraction") != 0
+
+
+def unmeasured_search(cfg: DictConfig) -> Iterator[str]:
+    """Yield a line where a search would have no metric to go by."""
+    if holds_out(cfg) and cfg.trainer.limit_val_batches:
+        return
+    why = "trainer.limit_val_batches=0" if holds_out(cfg) else "data.val_fraction=0"
+    yield f"{why}: a search goes by {cfg.optimized_metric}, which nothing would measure; leave it out"
 
 
 def _closed_folder(cfg: DictConfig) -> Iterator[str]:

@@ -78,7 +78,7 @@ def show_samples(
 
 
 def answer_samples(config: Mapping[str, Any], data: PreferenceData, module: DPOModule, run_dir: Path) -> None:
-    """Answer the first validation prompts by reference and policy."""
+    """Answer the first prompts by reference and policy."""
     if not (examples := data.examples(config["samples"]["count"])):
         return
     module.to(module.trainer.strategy.root_device)

@@ -37,9 +37,7 @@ def resolve(cfg: DictConfig, source: ModelSource, data: PreferenceData, sweep: b
     """Replace every `auto` of the configuration by what it stands for; return the strategy and the reason for it."""
     full = "r" not in cfg.lora
     trainer = cfg.trainer
-    trainer.accelerator = resolve_accelerator(trainer.accelerator)
-    trainer.precision = resolve_precision(trainer.precision, trainer.accelerator)
-    trainer.deterministic = resolve_deterministic(trainer.deterministic, trainer.accelerator)
+    settle_trainer(trainer, len(data.val))
     cfg.optim.lr = resolve_lr(cfg.optim.lr, full)
     devices = count_devices(trainer.accelerator, plain(trainer)["devices"], trainer.num_nodes)
     check_limits(cfg, len(data.train), len(data.val), devices)
@@ -72,6 +70,15 @@ def resolve(cfg: DictConfig, source: ModelSource, data: PreferenceData, sweep: b
     if cfg.skip_spikes is not None and trainer.precision == "16-mixed":
         raise UserError("skip_spikes: not with trainer.precision=16-mixed; use bf16-mixed, or leave it out")
     return f"{cfg.strategy.name} ({reason})" if reason else cfg.strategy.name
+
+
+def settle_trainer(trainer: DictConfig, held_out: int) -> None:
+    """Replace what the trainer's keys leave to the machine and to the number of held-out pairs."""
+    trainer.accelerator = resolve_accelerator(trainer.accelerator)
+    trainer.precision = resolve_precision(trainer.precision, trainer.accelerator)
+    trainer.deterministic = resolve_deterministic(trainer.deterministic, trainer.accelerator)
+    if not held_out:
+        trainer.limit_val_batches = 0
 
 
 def check_limits(cfg: DictConfig, pairs: int, held_out: int, devices: int) -> None:

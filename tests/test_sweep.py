@@ -30,6 +30,13 @@ def last(file):
     return [row for row in map(json.loads, file.read_text().splitlines()) if "val/loss" in row][-1]
 
 
+@pytest.mark.parametrize("nothing", ["data.val_fraction=0", "trainer.limit_val_batches=0"])
+def test_a_search_whose_metric_nothing_measures_is_refused(nothing, cli, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli("sweep=beta_lr", *WORDS, nothing) == 2 and not [*tmp_path.glob("runs/*/metrics.jsonl")]
+    assert f"{nothing}: a search goes by val/rewards/accuracies" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "metric", "better"),
     [([], "val/rewards/accuracies", max),

@@ -293,6 +293,22 @@ def test_a_validation_file_is_taken_whole_and_counted(cli, tmp_path, capsys):
     assert "longest sequence 100, 2 pairs cut to data.max_length=100" in out
 
 
+@pytest.mark.parametrize("reference", ["cached", "adapter_off"])
+def test_without_held_out_pairs_all_are_trained_on(reference, cli, metrics, tmp_path, capsys):
+    row = {"prompt": "Why?", "chosen": "So.", "rejected": "No."}
+    file, run = tmp_path / "one.jsonl", tmp_path / "run"
+    file.write_text(json.dumps(row))
+    words = ["data.val_fraction=0", f"data.path={file}", f"reference={reference}", "samples.count=1"]
+    given = [word for word in TINY if not word.startswith("samples")]
+    assert cli(*given, *words, "trainer.max_epochs=2", f"run_dir={run}", report=True) == 0
+    assert "1 training pairs, 0 held out" in " ".join(capsys.readouterr().out.split())
+    rows = metrics(run)
+    assert [row["step"] for row in rows] == [1, 2] and not any("val/loss" in row for row in rows)
+    assert json.loads((run / "samples.json").read_text())[0]["prompt"] == "Why?"
+    assert "No validation was run." in (run / "adapter" / "README.md").read_text()
+    assert (run / "report.html").is_file()
+
+
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
 def test_every_accepted_precision_trains(precision, cli, metrics, tmp_path):
     words = [word for word in TINY if not word.startswith("trainer.precision")]

@@ -182,7 +182,7 @@ class ValidationOrder(Sampler[MicroBatch]):
     def __init__(self, lengths: np.ndarray, batch_size: int, rank: int = 0, world: int = 1):
         alike = of_like_length(lengths, batch_size)
         batches = [MicroBatch(alike[at], len(lengths)) for at in np.random.default_rng(0).permutation(len(alike))]
-        batches += [batches[0]._replace(counted=False)] * (-len(batches) % world)
+        batches += [batch._replace(counted=False) for batch in batches[:1]] * (-len(batches) % world)
         self.batches = batches[rank::world]
 
     def __len__(self) -> int:

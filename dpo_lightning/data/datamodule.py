@@ -22,7 +22,7 @@ class PreferenceData(pl.LightningDataModule):
 
     Args:
         path, val_path: files, or shipped:NAME. name, subset, split, val_split: a data set on the hub.
-        val_fraction: share of the pairs held out when neither val_path nor val_split is given.
+        val_fraction: share of the pairs held out when neither val_path nor val_split is given; 0 for none.
         max_pairs: of path or name's split, stop after so many usable pairs; None for all. Validation data that are
             given apart are taken whole.
         max_length: tokens of prompt and one completion together.
@@ -100,8 +100,9 @@ class PreferenceData(pl.LightningDataModule):
             self._dealt.skip = self.position
 
     def examples(self, count: int) -> list[dict[str, Any]]:
-        """Return the first held-out rows: prompt as token ids, question as text."""
-        return [self.val[row] for row in range(min(count, len(self.val)))]
+        """Return the first held-out rows, of training where none is held out: prompt as token ids, question as text."""
+        table = self.val if len(self.val) else self.train
+        return [table[row] for row in range(min(count, len(table)))]
 
     def is_chat(self) -> bool:
         """Return whether the pairs went through the chat template: messages always do, text where `template` says."""
@@ -114,7 +115,8 @@ class PreferenceData(pl.LightningDataModule):
 
     def lengths(self, table: Any) -> np.ndarray:
         """Return the tokens of prompt, chosen and rejected of each pair, shape (pairs, 3)."""
-        return np.concatenate([part.flatten().to_numpy() for part in _parts(table, "lengths")]).reshape(-1, 3)
+        parts = (part.flatten().to_numpy() for part in _parts(table, "lengths"))
+        return np.concatenate([np.empty(0, np.int32), *parts]).reshape(-1, 3)
 
     def told_lengths(self, table: Any, census: Census) -> str:
         """Return a table's lengths in words."""
@@ -126,8 +128,8 @@ class PreferenceData(pl.LightningDataModule):
 
     def longest(self, *tables: Any) -> int:
         """Return the tokens of the longest prompt with a completion, of all pairs where no tables are given."""
-        lengths = [self.lengths(table) for table in tables or (self.train, self.val)]
-        return int(max((each[:, :1] + each[:, 1:]).max() for each in lengths))
+        lengths = np.concatenate([self.lengths(table) for table in tables or (self.train, self.val)])
+        return int((lengths[:, :1] + lengths[:, 1:]).max())
 
     def largest_id(self) -> int:
         """Return the largest token id of all pairs."""
@@ -136,7 +138,8 @@ class PreferenceData(pl.LightningDataModule):
 
     def keys(self, table: Any) -> np.ndarray:
         """Return 16 bytes of each pair that change with any of its tokens, shape (pairs,)."""
-        return np.concatenate([np.array(part.to_pylist(), "S16") for part in _parts(table, "key")])
+        parts = (np.array(part.to_pylist(), "S16") for part in _parts(table, "key"))
+        return np.concatenate([np.empty(0, "S16"), *parts])
 
     def rows_ahead(self, name: str) -> np.ndarray:
         """Return which rows of train or val the run can meet: fewer than all where it ends within an epoch."""
@@ -198,7 +201,7 @@ def _loader(pairs: PairTable, order: Any) -> DataLoader[Batch]:
 
 
 def _prompts(table: Any) -> np.ndarray:
-    return np.concatenate([part.to_numpy() for part in _parts(table, "prompt_key")])
+    return np.concatenate([np.empty(0, np.int64), *(part.to_numpy() for part in _parts(table, "prompt_key"))])
 
 
 def _parts(table: Any, name: str) -> Iterator[Any]:

@@ -216,11 +216,16 @@ def split(prompt_keys: np.ndarray, val_fraction: float) -> tuple[np.ndarray, np.
 
     Prompts are taken in the order of their hashes, so that the same ones are held out whatever the file's order, and
     each with all its rows: one with more rows than are still wanted stays in training. Where every prompt has more,
-    one of the fewest rows is held out.
+    one of the fewest rows is held out. A share of 0 holds out nothing.
     """
+    if not val_fraction:
+        return np.arange(len(prompt_keys)), np.arange(0)
     prompts, first = np.unique(prompt_keys, return_inverse=True)
     if len(prompts) < 2:
-        raise UserError("one prompt alone cannot be split for validation; add rows or give data.val_path=FILE")
+        raise UserError(
+            "one prompt alone cannot be split for validation; add rows, give data.val_path=FILE, or train without: "
+            "data.val_fraction=0"
+        )
     rows_of = np.bincount(first)
     left = min(max(1, round(len(prompt_keys) * val_fraction)), len(prompt_keys) - 1)
     held_out = np.zeros(len(prompts), bool)

@@ -1,4 +1,4 @@
-"""Validation prompts answered by reference and policy, side by side."""
+"""Prompts answered by reference and policy, side by side."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def save(samples: list[dict[str, str]], run_dir: Path) -> None:
 
 def show(samples: list[dict[str, str]]) -> None:
     """Print them side by side."""
-    table = Table(title="Validation prompts, answered", title_justify="left", show_lines=True)
+    table = Table(title="Prompts, answered", title_justify="left", show_lines=True)
     for name in ("prompt", "reference", "policy"):
         table.add_column(name, overflow="fold", ratio=1)
     for sample in samples:

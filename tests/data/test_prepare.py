@@ -362,6 +362,7 @@ def test_split_literally() -> None:
     assert both([5, -3, 9, -3], 0.99) == ([2], [0, 1, 3]), "one prompt is left for training"
     assert both([7, 8], 0.001) == ([1], [0]), "one prompt is held out"
     assert both([-3] * 60 + [*range(40)], 0.15) == ([*range(60), *range(75, 100)], [*range(60, 75)])
+    assert both([5, -3, -3], 0) == both([5, -3, -3], 0.0) == ([0, 1, 2], []), "nothing is held out"
     assert both([-3] * 4 + [1, 1, 2, 2], 0.1) == ([0, 1, 2, 3, 6, 7], [4, 5]), "every prompt has more than is wanted"
 
 
