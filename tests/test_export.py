@@ -6,11 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_lightning.model.lora import add_lora, no_lora
 from dpo_lightning.model.source import ModelSource
-from dpo_lightning.outputs.export import _write_tokenizer, _write_weights
+from dpo_lightning.model.tiny import byte_tokenizer
+from dpo_lightning.outputs import verbs
+from dpo_lightning.outputs.export import _write_tokenizer, _write_weights, export
+from dpo_lightning.types import UserError
 from tests.model.test_layout import model_of
 from tests.model.test_source import TINY
 
@@ -61,3 +65,39 @@ def test_a_full_disk_is_one_whatever_the_tokenizers_package_calls_it(kind, raise
 
     with pytest.raises(raised, match="No space left"):
         _write_tokenizer(SimpleNamespace(save_pretrained=full), tmp_path)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A finished run's folder, its adapter with a tokenizer of more tokens than the base has, and the base."""
+    (tmp_path / "run").mkdir()
+    base = tmp_path / "base"
+    model_of("llama", {"tie_word_embeddings": False}).save_pretrained(base)
+    loaded: Any = ModelSource(str(base), tmp_path).load(torch.float32)
+    policy: Any = add_lora(loaded, r=4, lora_alpha=8, lora_dropout=0.0, target_modules=["q_proj"])
+    tokenizer = byte_tokenizer()
+    assert len(tokenizer) > loaded.config.vocab_size
+    export(policy, tokenizer, tmp_path / "run", False, lambda *_: "A LoRA adapter of it.")
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    (tmp_path / "run" / "config.yaml").write_text("trainer:\n  precision: 32-true\n")
+    return tmp_path / "run"
+
+
+def test_a_merge_leaves_the_bases_vocabulary_as_it_is(run):
+    assert verbs.export({"run_dir": str(run), "export": {"merge": True}}) == 0
+    before, after = (load_file(folder / "model.safetensors") for folder in (run.parent / "base", run / "model"))
+    assert {name: weight.shape for name, weight in after.items()} == {n: w.shape for n, w in before.items()}
+    assert torch.equal(after["lm_head.weight"], before["lm_head.weight"])
+
+
+def test_a_merge_into_a_base_that_lacks_weights_is_refused(run):
+    file = run.parent / "base" / "model.safetensors"
+    save_file({k: w for k, w in load_file(file).items() if k != "lm_head.weight"}, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"base_model_name_or_path=.*: its files lack lm_head\.weight"):
+        verbs.export({"run_dir": str(run), "export": {"merge": True}})
+
+
+def test_a_merge_without_a_whole_tokenizer_is_refused(run):
+    (run / "adapter" / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="the tokenizer=.*adapter: cannot be loaded"):
+        verbs.export({"run_dir": str(run), "export": {"merge": True}})

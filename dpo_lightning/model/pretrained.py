@@ -22,18 +22,18 @@ TOLD = 3  # missing weights that are named
 PHI_MOE = ("phimoe", "router_jitter_noise")  # is a threshold of its routing, too: it counts outside training
 
 
-def load_model(name: str, dtype: torch.dtype, **options: Any) -> Any:
-    """Return the causal language model of a folder or on the hub, in `dtype`.
+def load_model(name: str, dtype: torch.dtype, key: str = "model.name", **options: Any) -> Any:
+    """Return the causal language model of a folder or on the hub, in `dtype`; `key` is what names it.
 
     Raises UserError where it cannot be loaded, and where one of its weights is in none of its files: transformers
     fills those with random numbers, other ones each time.
     """
     load = AutoModelForCausalLM.from_pretrained
-    model, found = loaded(name, load, dtype=dtype, output_loading_info=True, **options)
+    model, found = loaded(name, load, key, dtype=dtype, output_loading_info=True, **options)
     if missing := sorted(found["missing_keys"]):
         more = f" and {len(missing) - TOLD} more" if len(missing) > TOLD else ""
         raise UserError(
-            f"model.name={name}: its files lack {', '.join(missing[:TOLD])}{more}, which would be random numbers; the "
+            f"{key}={name}: its files lack {', '.join(missing[:TOLD])}{more}, which would be random numbers; the "
             "files are not whole, or those of another model than config.json tells of"
         )
     return model

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.hub import cached_file
 
@@ -82,8 +82,15 @@ class ModelSource:
         return model.train()
 
     def config(self) -> Any:
-        """Return the transformers config; of random weights without making them."""
-        return self._random_config() if self.init == "random" else loaded(self.folder(), AutoConfig.from_pretrained)
+        """Return the transformers config; of random weights without making them.
+
+        Raises UserError where it is that of another kind than a causal language model.
+        """
+        config = self._random_config() if self.init == "random" else loaded(self.folder(), AutoConfig.from_pretrained)
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.is_encoder_decoder:
+            given = f"architecture={self.architecture}" if self.init == "random" else f"name={self.name}"
+            raise UserError(f"model.{given}: {config.model_type} is no causal language model; give one that is")
+        return config
 
     def count_weights(self) -> int:
         """Return the number of weights, without reading or making any."""

@@ -66,10 +66,11 @@ def export(cfg: Mapping[str, Any]) -> int:
         if not (adapter / "adapter_config.json").is_file():
             raise UserError(f"run_dir={folder}: no adapter/ to merge; the run trained all weights, or has not ended")
     import torch
-    from peft import AutoPeftModelForCausalLM
+    from peft import PeftModel
     from safetensors import SafetensorError
     from transformers import AutoTokenizer
 
+    from dpo_lightning.model.pretrained import load_model, loaded
     from dpo_lightning.outputs.card import merged_card
     from dpo_lightning.outputs.export import export as write
 
@@ -79,14 +80,13 @@ def export(cfg: Mapping[str, Any]) -> int:
     except (OSError, ValueError, LookupError) as error:
         raise UserError(f"run_dir={folder}: adapter_config.json or config.yaml is not whole ({error!r})") from error
     half = precision.startswith("bf16")  # the dtype in which the run had its base, as a merge at the run's end is
+    model = load_model(base, torch.bfloat16 if half else torch.float32, "base_model_name_or_path")
     try:
-        policy = AutoPeftModelForCausalLM.from_pretrained(str(adapter), dtype=torch.bfloat16 if half else torch.float32)
+        policy = PeftModel.from_pretrained(model, str(adapter))
         text = (adapter / "README.md").read_text(encoding="utf-8")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(
-            f"the adapter {adapter}, or its base {base}, cannot be loaded: {str(error).splitlines()[0]}"
-        ) from error
-    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"the adapter {adapter} cannot be loaded: {str(error).splitlines()[0]}") from error
+    tokenizer = loaded(str(adapter), AutoTokenizer.from_pretrained, "the tokenizer")
     try:
         print(write(policy, tokenizer, folder, True, lambda where, _: merged_card(text, where)))
     except OSError as error:

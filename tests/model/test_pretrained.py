@@ -80,6 +80,15 @@ def test_code_that_comes_with_a_model_is_neither_run_nor_asked_about(folder, mon
         source(folder).config()
 
 
+@pytest.mark.parametrize("kind", ["t5", "bart", "llava"])
+def test_what_is_no_causal_language_model_is_told_by_its_config(kind, folder):
+    (folder / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(UserError, match=rf"^model\.name=.*: {kind} is no causal language model"):
+        source(folder).config()
+    with pytest.raises(UserError, match=rf"^model\.architecture={kind}: {kind} is no causal language model"):
+        ModelSource(kind, folder, init="random", architecture=kind).config()
+
+
 def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub():
     with pytest.raises(UserError, match=r"^model\.tokenizer=/no/such/folder: .*; there is no such folder$"):
         loaded("/no/such/folder", AutoTokenizer.from_pretrained, "model.tokenizer")
