@@ -99,5 +99,5 @@ def test_a_merge_into_a_base_that_lacks_weights_is_refused(run):
 
 def test_a_merge_without_a_whole_tokenizer_is_refused(run):
     (run / "adapter" / "tokenizer.json").write_text("{")
-    with pytest.raises(UserError, match="the tokenizer=.*adapter: cannot be loaded"):
+    with pytest.raises(UserError, match=r"the tokenizer=.*adapter: cannot be loaded"):
         verbs.export({"run_dir": str(run), "export": {"merge": True}})

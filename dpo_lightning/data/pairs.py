@@ -43,9 +43,7 @@ def to_pair(row: dict[str, Any]) -> Pair:
     """
     for key in ("chosen", "rejected"):
         if key not in row:
-            close = difflib.get_close_matches(key, [str(k) for k in row], n=1, cutoff=0.5)
-            hint = f"; rename {close[0]!r}" if close else "; name the preferred answer 'chosen', the other 'rejected'"
-            raise UserError(f"no {key!r} (found keys: {', '.join(map(str, row)) or 'none'}){hint}")
+            raise UserError(f"no {key!r} (found keys: {', '.join(map(str, row)) or 'none'}); {_remedy(row, key)}")
     for key in UNREAD:
         if row.get(key):
             raise UserError(f"{key!r} is part of what the model sees, and is not read; write it into the turns")
@@ -69,6 +67,16 @@ def to_pair(row: dict[str, Any]) -> Pair:
             messages(rejected, "rejected", "assistant"),
         )
     return _with_preference(pair)
+
+
+def _remedy(row: dict[str, Any], lacking: str) -> str:
+    """Return what makes rows of pairs of rows like this one."""
+    if {"completion", "label"} <= {*row}:
+        return "rows of one answer and a label are KTO's; make pairs of a good and a bad answer to each prompt"
+    if len(row) == 1 and isinstance(whole := next(iter(row.values())), list) and whole and isinstance(whole[0], dict):
+        return f"the rows are in {next(iter(row))!r}: write that list alone, or one row a line"
+    close = difflib.get_close_matches(lacking, [str(key) for key in row], n=1, cutoff=0.5)
+    return f"rename {close[0]!r}" if close else "name the preferred answer 'chosen', the other 'rejected'"
 
 
 def _opened_by(system: list[Message], prompt: list[Message]) -> list[Message]:

@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from dpo_lightning.data.sources import Source
 from dpo_lightning.data.tokenize import tokenize_pairs
 from dpo_lightning.types import Pair, UserError
 
-VERSION = 7  # part of the key: raise it when the same rows would give other ids
+VERSION = 8  # part of the key: raise it when the same rows would give other ids
 TOKENIZER_BATCH = 1000
 SIDES = ("prompt", "chosen", "rejected")
 SHOWN = 5  # bad rows that are named before the rest is counted
@@ -170,11 +171,21 @@ def _tokenized(job: _Job) -> Iterator[dict[str, Any]]:
                 "question": _question(pair),
             }  # fmt: skip
     if not census.pairs:
-        limit = f"data.max_length={job.max_length}"
-        raise UserError(f"{job.source.name}: no usable pair within {limit} ({most_common(census)}); raise it")
+        raise UserError(f"{job.source.name}: no usable pair {_cause(job, census)}")
     scratch = job.census_file.with_suffix(f".{os.getpid()}")
     scratch.write_text(json.dumps(vars(census)))
     scratch.replace(job.census_file)
+
+
+def _cause(job: _Job, census: Census) -> str:
+    """Return why nothing is left of pairs that hold a preference, and what helps."""
+    _, pair = next(_usable(job.source, Census()))
+    if tokenize_pairs([pair], job.tokenizer, sys.maxsize, job.template) == [None]:
+        return (
+            f"({most_common(census)}): the tokenizer or its chat template writes the same for both answers; give "
+            "model.tokenizer= another one, or data.template=plain for text"
+        )
+    return f"within data.max_length={job.max_length} ({most_common(census)}); raise it"
 
 
 def _usable(source: Source, census: Census) -> Iterator[tuple[str, Pair]]:

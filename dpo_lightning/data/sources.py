@@ -95,9 +95,7 @@ class FileSource:
                 yield place, self._object(place, self._parse(place, line))
 
     def _json(self, stream: BinaryIO) -> Iterator[tuple[str, dict[str, Any]]]:
-        start = stream.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
-        stream.seek(0)
-        if start.startswith(b"{"):  # rows a line each, whatever the file is called
+        if _has_rows_a_line(stream):  # whatever the file is called
             yield from self._jsonl(stream)
             return
         rows = self._parse(self.name, stream.read())
@@ -155,6 +153,26 @@ class FileSource:
         if not isinstance(row, dict):
             raise UserError(f"{place}: a row must be an object with keys, found {type(row).__name__}")
         return row
+
+
+def _has_rows_a_line(stream: BinaryIO) -> bool:
+    """Return whether a file opens with an object, and is not one over several lines; it is to be read anew."""
+    start = stream.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
+    stream.seek(0)
+    if not start.startswith(b"{"):
+        return False
+    line = stream.readline()
+    several = not _is_json(line) and _is_json(line + stream.read())
+    stream.seek(0)
+    return not several
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        json.loads(text.decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _not_utf8(error: UnicodeDecodeError) -> str:

@@ -56,7 +56,7 @@ def tokenize_pairs(
     tokens = []
     for p, c, r in zip(prompts, chosen, rejected, strict=True):
         at = _common_prefix(p, c, r)
-        sides = [ids[at:] if closing & {*ids[at:][-2:]} else [*ids[at:], tokenizer.eos_token_id] for ids in (c, r)]
+        sides = [_closed(ids[at:], closing, tokenizer) for ids in (c, r)]
         bos = tokenizer.bos_token_id
         prompt = p[:at] or [tokenizer.eos_token_id if bos is None else bos]  # something must predict the first token
         tokens.append(_cut(prompt, sides[0], sides[1], max_length, bos))
@@ -143,11 +143,17 @@ def _encode(texts: Sequence[str], plain: list[bool], tokenizer: Any) -> list[lis
     return encoded
 
 
-def _closing_ids(tokenizer: Any) -> set[int]:
-    r"""Ids that close a turn. ChatML ends `<|im_end|>\n`, Gemma `<end_of_turn>\n`: among a completion's last two.
+def _closed(ids: list[int], closing: set[int], tokenizer: Any) -> list[int]:
+    r"""Return a completion with one EOS behind it where nothing closes it: a model must learn where to stop.
 
-    Where none is there, one EOS is appended: a model must learn where to stop.
+    A closing token is the last one, or stands before white space: ChatML ends `<|im_end|>\n`, Gemma `<end_of_turn>\n`.
     """
+    before_blank = ids[-2:-1] and ids[-2] in closing and not tokenizer.decode(ids[-1:]).strip()
+    return ids if closing & {*ids[-1:]} or before_blank else [*ids, tokenizer.eos_token_id]
+
+
+def _closing_ids(tokenizer: Any) -> set[int]:
+    """Return the ids that close a turn."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     closing = {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
     return closing - ({tokenizer.unk_token_id, tokenizer.bos_token_id} - {tokenizer.eos_token_id})

@@ -74,7 +74,7 @@ class ModelSource:
     def load(self, dtype: torch.dtype) -> torch.nn.Module:
         """Return the model in `dtype`, in training mode, its own noise off, so that policy equals reference."""
         own = noise(self.config())
-        model = load_model(self.folder(), dtype, **dict.fromkeys(own, 0.0))
+        model = load_model(self.folder(), dtype, "model.name", **dict.fromkeys(own, 0.0))
         model.config.use_cache, model.dpo_own_noise = False, own
         if self.gradient_checkpointing:
             checkpoint_activations(model)

@@ -186,6 +186,8 @@ def test_a_row_without_a_preference_is_unusable_for_a_reason(given: dict[str, An
 
 MALFORMED = {
     "near name": ({"prompt": "Q", "choosen": "a", "rejected": "b"}, ["'chosen'", "rename 'choosen'"]),
+    "KTO's": ({"prompt": "Q", "completion": "a", "label": True}, ["no 'chosen'", "KTO's; make pairs of"]),
+    "rows in a row": ({"data": [{"prompt": "Q"}]}, ["no 'chosen' (found keys: data)", "the rows are in 'data': write"]),
     "near name of rejected": ({"prompt": "Q", "chosen": "a", "reject": "b"}, ["'rejected'", "rename 'reject'"]),
     "no near name": (
         {"prompt": "Q", "response_w": "a", "response_l": "b"},

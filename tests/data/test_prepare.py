@@ -297,6 +297,9 @@ def test_the_users_mistakes_come_through_the_table_maker_as_they_are(tmp_path: P
         made(source(tmp_path, alike), tokenizer, 14)
     assert str(raised.value) == ("rows.jsonl: no usable pair within data.max_length=14 (6 equal as tokens); raise it")
     assert made(source(tmp_path, alike), tokenizer, 24)[1].pairs == 6
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"  # as of a template that knows no role "assistant"
+    with pytest.raises(UserError, match=r"no usable pair \(6 equal as tokens\): the tokenizer or its chat template"):
+        made(source(tmp_path, ROWS), tokenizer, template="chat")
 
 
 def refusal(given: FileSource) -> list[str]:

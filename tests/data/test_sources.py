@@ -188,6 +188,8 @@ BROKEN = {
     "a row that is a list": ("a.jsonl", LINES[0] + b"\n[1]", "a.jsonl line 2: a row must be an object with keys"),
     "a row that is text": ("a.jsonl", b'"x"', "a.jsonl line 1: a row must be an object with keys, found str"),
     "a row that is null": ("a.json", b"[{}, null]", "a.json row 2: a row must be an object with keys, found NoneType"),
+    "an object of several lines": ("a.json", b'\n{"data":\n[{"prompt": "a"}]}\n', "must hold a list of rows"),
+    "broken first row": ("a.json", b'{"prompt": \n{"prompt": "b"}\n', "a.json line 1: not JSON"),
     "JSON that is no list": ("a.json", b"3", "a.json: must hold a list of rows, or one row a line"),
     "csv not UTF-8": (
         "a.csv", b"prompt,chosen,rejected\n" + b"q,a,b\n" * 50 + b"q,\xe4,b\n" + b"q,a,b\n" * 50,

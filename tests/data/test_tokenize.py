@@ -126,6 +126,11 @@ def test_an_end_token_with_a_line_break_behind_is_the_end(tokenizer: Any) -> Non
     assert texts(tokens, tokenizer)[1:] == ("So.<|end|>\n", "No!<|end|>\n")
 
 
+def test_an_end_token_that_text_goes_on_behind_is_no_end(tokenizer: Any) -> None:
+    tokens = one(Pair("Why? ", "<|end|>.", "<|end|>"), tokenizer, template="plain")
+    assert texts(tokens, tokenizer)[1:] == ("<|end|>.<|end|>", "<|end|>")
+
+
 def test_an_end_of_turn_that_is_not_the_eos_is_the_end(tokenizer: Any) -> None:
     tokenizer.eos_token = "<|pad|>"  # Llama 3: turns end with <|eot_id|>, texts with <|end_of_text|>
     tokens = one(Pair("Why?", "So.", "No!"), tokenizer)
