@@ -138,6 +138,7 @@ CHECKS: dict[str, Check] = {
     "reference.offload": FLAG,
     "loss.beta": POSITIVE,
     "loss.label_smoothing": SMOOTHING,
+    "loss.sft_weight": NOT_NEGATIVE,
     "optim.lr": _either(POSITIVE, "auto"),
     "optim.betas": BETAS,
     "optim.eps": POSITIVE,

@@ -372,6 +372,10 @@ def test_neither_table_nor_card_nor_report_is_worth_the_training(cli, tmp_path, 
         (["loss=robust"], math.log(2)),
         (["loss=ipo", "loss.beta=0.2"], 1 / 0.4**2),
         (["loss=hinge"], 1.0),
+        (["loss=sigmoid_norm"], math.log(2)),
+        (["loss=rpo", "loss.sft_weight=0"], math.log(2)),
+        (["loss=apo_zero"], 1.0),
+        (["loss=apo_down"], 1.0),
     ],
 )
 def test_the_loss_and_reference_that_are_named_are_the_ones_that_run(words, first_loss, cli, metrics, tmp_path, capsys):

@@ -13,7 +13,7 @@ from typing import Any
 from dpo_lightning import __version__
 from dpo_lightning.outputs.results import figures
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
 PACKAGES = ("torch", "transformers", "peft", "lightning", "datasets")
 
 CITATION = """\

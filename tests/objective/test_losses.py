@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dpo_lightning.objective.losses import dpo, hinge, ipo, robust
+from dpo_lightning.objective.losses import apo_down, apo_zero, dpo, hinge, ipo, robust, rpo, sigmoid_norm
 from dpo_lightning.objective.metrics import preference_metrics
 from dpo_lightning.types import PairLogps
 
@@ -28,6 +28,11 @@ POLICY, REFERENCE = logps(-10.0, -14.0, (4.0, 2.0)), logps(-12.0, -13.0, (4.0, 2
         (lambda p, r: ipo(p, r, beta=0.1), (1 - 5) ** 2),
         (lambda p, r: hinge(p, r, beta=0.1), 0.7),
         (lambda p, r: hinge(p, r, beta=0.5), 0.0),
+        (lambda p, r: sigmoid_norm(p, r, beta=0.3), 0.5543552),
+        (lambda p, r: rpo(p, r, beta=0.1, sft_weight=0.2), 0.5543552 + 0.2 * 10 / 4),
+        # s(0.2) = 0.5498340, s(-0.1) = 0.4750208, s(0.3) = 0.5744425
+        (lambda p, r: apo_zero(p, r, beta=0.1), 1 - 0.5498340 + 0.4750208),
+        (lambda p, r: apo_down(p, r, beta=0.1), 0.5498340 + 1 - 0.5744425),
     ],
 )
 def test_by_hand(loss, by_hand):
