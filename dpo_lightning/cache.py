@@ -18,7 +18,7 @@ REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, e
 def cache_dir() -> Path:
     """Return the folder for everything that is computed once: $DPO_LIGHTNING_CACHE, else under ~/.cache."""
     if own := os.environ.get("DPO_LIGHTNING_CACHE"):
-        return Path(own)
+        return Path(own).expanduser().absolute()
     caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"  # some accounts have no home
     return Path(caches, "dpo_lightning")
 

@@ -38,12 +38,14 @@ def attend(
 
     The signature is transformers' attention interface; `segments` arrives through the model call's keywords.
 
-    Raises NotImplementedError if the layer wants more, such as attention sinks (`s_aux`) or chosen keys (`indices`):
-    left out, they may change less than 16 bits resolve, or only what is longer than a probe.
+    Raises NotImplementedError if the layer wants more, such as attention sinks (`s_aux`), chosen keys (`indices`) or
+    Doge's own mask: left out, they may change less than 16 bits resolve, or only what is longer than a probe.
     """
     if segments is None:
         raise NotImplementedError("its layers do not hand keywords on to attention")
     assert not dropout, "attention dropout is off in every model this project loads"
+    if attention_mask is not None:
+        raise NotImplementedError("its attention takes its own mask")
     if more := [name for name, given in kwargs.items() if isinstance(given, Tensor) and name not in KNOWN]:
         raise NotImplementedError(f"its attention takes {more[0]}")
     WINDOWS[sliding_window] += 1  # a layer of Gemma or Mistral without one says None

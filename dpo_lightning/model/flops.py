@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from dpo_lightning.model.logps import base_of, trunk_of
+from dpo_lightning.model.logps import base_of, text_of
 from dpo_lightning.model.products import product
 
 PEAK_SECONDS = 0.3  # a processor has slow moments: it is shared with others, or its clock has yet to rise
@@ -37,7 +37,7 @@ class PairFlops:
     def of(cls, policy: Any) -> PairFlops | None:
         """Count a policy's weights; None where experts share the tokens, or a recurrence stands for attention."""
         base = base_of(policy)
-        config, parts = base.config.get_text_config(), list(trunk_of(base).named_modules())
+        config, parts = base.config.get_text_config(), list(text_of(base).named_modules())
         heads = getattr(config, "num_attention_heads", None)
         if not heads or any("expert" in f"{name} {type(part).__name__}".lower() for name, part in parts):
             return None

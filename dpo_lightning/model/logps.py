@@ -23,6 +23,12 @@ def trunk_of(base: Any) -> Any:
     return base.model if base.base_model is base else base.base_model
 
 
+def text_of(base: Any) -> Any:
+    """Return the part of the trunk that text passes through: all of it, but for what a vision model has beside."""
+    decoder = base.get_decoder()
+    return trunk_of(base) if decoder is base else decoder
+
+
 def pair_logps(model: Any, batch: Batch) -> PairLogps:
     """Return the summed log-probabilities of the batch's completions under a causal language model.
 

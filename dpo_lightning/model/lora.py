@@ -11,6 +11,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers.pytorch_utils import Conv1D
 
+from dpo_lightning.model.logps import text_of, trunk_of
 from dpo_lightning.model.lora_linear import LoraLinear
 from dpo_lightning.types import UserError
 
@@ -29,15 +30,12 @@ def add_lora(
 
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
     _check_targets(model, targets)
-    # The routers of Llama 4 and Phi-MoE are linear layers that return more than their product.
-    linear = ((name, part) for name, part in model.named_modules() if isinstance(part, torch.nn.Linear))
-    routers = [name for name, part in linear if "Router" in type(part).__name__]
     config = LoraConfig(
         r=r,
         lora_alpha=lora_alpha,
         lora_dropout=lora_dropout,
         target_modules=targets,
-        exclude_modules=routers or None,
+        exclude_modules="|".join(_without_adapter(model)) or None,
         task_type=TaskType.CAUSAL_LM,
     )
     config._register_custom_module({torch.nn.Linear: LoraLinear})
@@ -71,9 +69,29 @@ def _matches(pattern: str, names: list[str]) -> bool:
         raise UserError(f"lora.target_modules={pattern}: no regular expression ({error})") from None
 
 
+def _without_adapter(model: torch.nn.Module) -> Iterator[str]:
+    """Yield patterns of the layers that take no adapter, or would never train one."""
+    towers = {id(part) for part in _beside_text(model)}
+    for name, part in model.named_modules():
+        # The routers of Llama 4 and Phi-MoE are linear layers that return more than their product.
+        if isinstance(part, torch.nn.Linear) and "Router" in type(part).__name__:
+            yield re.escape(name)
+        elif id(part) in towers:
+            yield rf"{re.escape(name)}(\..*)?"
+
+
+def _beside_text(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Return the parts of a model's trunk that text does not pass through, such as a vision tower."""
+    text = {*text_of(model).modules()}
+    return [part for part in trunk_of(model).children() if text.isdisjoint(part.modules())]
+
+
 def no_lora(model: torch.nn.Module) -> torch.nn.Module:
-    """Full fine-tuning: every weight trains."""
-    return model.requires_grad_(True)
+    """Full fine-tuning: every weight trains that text passes through."""
+    model.requires_grad_(True)
+    for part in _beside_text(model):
+        part.requires_grad_(False)
+    return model
 
 
 @contextmanager

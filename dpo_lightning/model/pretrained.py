@@ -30,6 +30,11 @@ def load_model(name: str, dtype: torch.dtype, key: str = "model.name", **options
     """
     load = AutoModelForCausalLM.from_pretrained
     model, found = loaded(name, load, key, dtype=dtype, output_loading_info=True, **options)
+    if getattr(model, "peft_config", None):  # transformers has put it on
+        raise UserError(
+            f"{key}={name}: holds an adapter: merge it into its base first, or move adapter_config.json away where the "
+            "weights are whole without it"
+        )
     if missing := sorted(found["missing_keys"]):
         more = f" and {len(missing) - TOLD} more" if len(missing) > TOLD else ""
         raise UserError(
@@ -72,8 +77,27 @@ def _remedy(name: str, text: str, key: str) -> str:
     return next(remedy for helps, remedy in remedies if helps)
 
 
-def noise(config: Any) -> dict[str, float]:
-    """Return the config's noise that is on in training: two forward passes must agree, as DPO compares them."""
+def without_noise(config: Any) -> tuple[Any, dict[str, dict[str, float]]]:
+    """Return the config with its noise set to 0, and what that was, by the part of the config: "" for itself.
+
+    Two forward passes in training must agree, as DPO compares them.
+    """
+    own: dict[str, dict[str, float]] = {}
+    for name in ("", *config.sub_configs):
+        part = getattr(config, name) if name else config
+        if part is not None and (found := _noise(part)):
+            own[name] = found
+            part.update(dict.fromkeys(found, 0.0))
+    return config, own
+
+
+def restore_noise(config: Any, own: dict[str, dict[str, float]]) -> None:
+    """Undo `without_noise`."""
+    for name, values in own.items():
+        (getattr(config, name) if name else config).update(values)
+
+
+def _noise(config: Any) -> dict[str, float]:
     return {
         key: value
         for key, value in config.to_dict().items()

@@ -24,7 +24,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.hub import cached_file
 
 from dpo_lightning.cache import writes_cache
-from dpo_lightning.model.pretrained import load_model, loaded, noise
+from dpo_lightning.model.pretrained import load_model, loaded, without_noise
 from dpo_lightning.model.tiny import byte_tokenizer
 from dpo_lightning.paths import looking, package_folder
 from dpo_lightning.types import UserError
@@ -73,8 +73,8 @@ class ModelSource:
 
     def load(self, dtype: torch.dtype) -> torch.nn.Module:
         """Return the model in `dtype`, in training mode, its own noise off, so that policy equals reference."""
-        own = noise(self.config())
-        model = load_model(self.folder(), dtype, "model.name", **dict.fromkeys(own, 0.0))
+        config, own = without_noise(loaded(self.folder(), AutoConfig.from_pretrained))
+        model = load_model(self.folder(), dtype, config=config)
         model.config.use_cache, model.dpo_own_noise = False, own
         if self.gradient_checkpointing:
             checkpoint_activations(model)

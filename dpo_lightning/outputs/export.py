@@ -11,6 +11,7 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
+from dpo_lightning.model.pretrained import restore_noise
 from dpo_lightning.model.source import write_weights
 
 
@@ -45,7 +46,8 @@ def _write_weights(policy: Any, is_adapter: bool, scratch: Path) -> None:
         write_weights(policy, scratch, save_embedding_layers=False)
     else:
         model = _merged(policy) if isinstance(policy, PeftModel) else policy
-        model.config.update({"use_cache": True, **getattr(model, "dpo_own_noise", {})})  # as the base has them
+        model.config.use_cache = True  # as the base has it
+        restore_noise(model.config, getattr(model, "dpo_own_noise", {}))
         write_weights(model, scratch)
 
 

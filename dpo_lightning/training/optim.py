@@ -25,7 +25,7 @@ def adamw(
         {"params": [p for p in trainable if _dimensions(p) >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trainable if _dimensions(p) < 2], "weight_decay": 0.0},
     ]
-    beta1, beta2 = betas
+    beta1, beta2 = map(float, betas)  # a whole 0 is taken for a tensor
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(beta1, beta2), eps=eps, fused=True)
     factor = lr_factor(schedule, round(warmup_fraction * total_steps), total_steps)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

@@ -226,6 +226,7 @@ def test_attention_in_chunks_is_not_left_out():
     ("architecture", "options", "taken"),
     [
         ("granite_swa", {"sliding_window": 6}, "s_aux"),
+        ("doge", {}, "its own mask"),
         # Every query chooses blocks of keys, which begins behind the probe's end.
         (
             "minimax_m3_vl_text",

@@ -1,17 +1,21 @@
 """What cannot be trained as it is named is told in a line, and never filled up."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from dpo_lightning.model.lora import add_lora
+from dpo_lightning.model.flops import PairFlops
+from dpo_lightning.model.layout import choose_layout
+from dpo_lightning.model.lora import add_lora, no_lora
 from dpo_lightning.model.pretrained import loaded
 from dpo_lightning.model.source import ModelSource
+from dpo_lightning.outputs.export import _write_weights
 from dpo_lightning.types import UserError
 from tests.model.test_layout import SMALL, model_of
 
@@ -119,3 +123,57 @@ def test_routers_that_return_more_than_a_product_have_no_adapter():
     adapted = {name.rpartition(".lora_A")[0] for name, _ in policy.named_parameters() if "lora_A" in name}
     assert any("q_proj" in name for name in adapted) and not any("router" in name for name in adapted)
     policy(input_ids=torch.arange(3, 3 + SMALL["num_hidden_layers"])[None])
+
+
+GEMMA3: Any = {
+    "text_config": {**SMALL, "sliding_window": 6, "attention_dropout": 0.1},
+    "vision_config": {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 28,
+        "patch_size": 14,
+    },
+    "mm_tokens_per_image": 4,
+}  # fmt: skip
+
+
+@pytest.fixture
+def seeing(tmp_path) -> ModelSource:
+    """Gemma 3 as it is from 4B on: a vision tower beside the layers that text passes through."""
+    dimensions = {**GEMMA3, "text_config": {**GEMMA3["text_config"], "vocab_size": 300}}
+    return ModelSource("seeing", tmp_path, init="random", architecture="gemma3", dimensions=dimensions)
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_what_text_does_not_pass_through_is_not_trained(full, seeing):
+    model: Any = seeing.load(torch.float32)
+    lora = partial(add_lora, r=4, lora_alpha=8, lora_dropout=0.0, target_modules="all-linear")
+    policy: Any = no_lora(model) if full else lora(model)
+    trained = {name for name, p in policy.named_parameters() if p.requires_grad}
+    assert trained and not any("vision" in name or "projector" in name for name in trained)
+    policy(input_ids=torch.arange(3, 20)[None]).logits.sum().backward()
+    assert {name for name, p in policy.named_parameters() if p.grad is not None} == trained
+    count = PairFlops.of(policy)
+    assert count is not None and count.trunk == PairFlops.of(text_alone(seeing)).trunk
+
+
+def text_alone(seeing: ModelSource) -> Any:
+    config: Any = seeing.config().text_config
+    return no_lora(AutoModelForCausalLM.from_config(config))
+
+
+def test_dropout_of_a_part_of_the_config_is_off_and_the_bases_again_in_an_export(seeing, tmp_path):
+    model: Any = seeing.load(torch.float32)
+    assert model.config.text_config.attention_dropout == 0.0
+    assert choose_layout(model, "shared") == "shared"
+    _write_weights(no_lora(model), False, tmp_path / "model")
+    assert AutoConfig.from_pretrained(tmp_path / "model").text_config.attention_dropout == 0.1
+
+
+def test_an_adapter_beside_whole_weights_is_neither_taken_nor_passed_over(folder, tmp_path):
+    policy: Any = add_lora(
+        source(folder).load(torch.float32), r=4, lora_alpha=8, lora_dropout=0.0, target_modules=["q_proj"]
+    )
+    policy.save_pretrained(folder)
+    with pytest.raises(
+        UserError, match=r"^model\.name=.*: holds an adapter: merge it .* move adapter_config\.json away"
+    ):
+        source(folder).load(torch.float32)

@@ -159,7 +159,7 @@ def test_a_dtype_of_sixteen_bits_leaves_the_buffers_as_they_are():
 
 @pytest.mark.filterwarnings("ignore:The following .*_pattern keys")  # PEFT's, of experts
 def test_noise_that_training_alone_has_is_seen_behind_a_first_validation(cli, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(source_of_models, "noise", lambda config: {})
+    monkeypatch.setattr(source_of_models, "without_noise", lambda config: (config, {}))
     experts = ["model.architecture=mixtral", "+model.dimensions.router_jitter_noise=0.5"]
     experts += ["+model.dimensions.num_local_experts=4", "+model.dimensions.num_experts_per_tok=2"]
     assert cli(*TINY_RUN, *experts, "trainer.max_steps=2", f"run_dir={tmp_path / 'run'}") == 3
