@@ -17,7 +17,7 @@ from dpo_lightning.types import UserError
 
 # What is raised for files that are not there, not whole, of another model, or that want another package. The tokenizers
 # package raises a bare Exception.
-UNLOADABLE = (OSError, ValueError, RuntimeError, ImportError, SafetensorError)
+UNLOADABLE = (OSError, ValueError, RuntimeError, ImportError, LookupError, SafetensorError)
 TOLD = 3  # missing weights that are named
 PHI_MOE = ("phimoe", "router_jitter_noise")  # is a threshold of its routing, too: it counts outside training
 

@@ -30,6 +30,8 @@ from dpo_lightning.paths import looking, package_folder
 from dpo_lightning.types import UserError
 
 WHEEL = "wheel:"
+# What a class of transformers raises for a configuration that fits none, as it is written down, built or used.
+UNBUILDABLE = (StrictDataclassError, ValueError, TypeError, LookupError, RuntimeError, AssertionError)
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,12 @@ class ModelSource:
 
     def count_weights(self) -> int:
         """Return the number of weights, without reading or making any."""
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(self.config())
+        config = self.config()
+        try:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config)
+        except UNBUILDABLE as error:
+            raise self._unbuildable(error) from error
         return sum(weight.numel() for weight in model.parameters())
 
     def check_fits(self, longest: int, largest: int) -> None:
@@ -165,18 +171,29 @@ class ModelSource:
         ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
         try:
             config = CONFIG_MAPPING[self.architecture](**{"vocab_size": len(tokenizer), **ids, **self.dimensions})
-        except StrictDataclassError as error:
-            raise UserError(f"model.dimensions: {' '.join(str(error).split())}") from None
+        except UNBUILDABLE as error:
+            raise self._unbuildable(error) from error
         unknown = [key for key in self.dimensions if key not in type(config)().to_dict()]
         if unknown:
             raise UserError(f"model.dimensions: {self.architecture} has no field {', '.join(unknown)}")
         return config
 
+    def _unbuildable(self, error: Exception) -> UserError:
+        """Return what to tell of dimensions, or of a config.json, that make no model."""
+        told = f"{type(error).__name__}: {error}" if isinstance(error, LookupError) else str(error)
+        key = "model.dimensions" if self.init == "random" else f"model.name={self.name}, config.json"
+        return UserError(f"{key}: makes no model ({' '.join(told.split())[:300]})")
+
     def _write_random(self, folder: Path) -> None:
         config = self._random_config()
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            try:
+                model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+                with torch.no_grad():
+                    model(input_ids=torch.arange(2)[None])  # heads that do not fit each other are told by it alone
+            except UNBUILDABLE as error:
+                raise self._unbuildable(error) from error
         _save(model, folder)
         self.load_tokenizer().save_pretrained(folder)
 

@@ -90,11 +90,18 @@ def test_what_does_not_fit_the_model_is_told_before_it_is_loaded(tmp_path):
         source.check_fits(64, 260)
 
 
-@pytest.mark.parametrize("dimensions", [{"hidden_size": 63}, {"hidden_size": "abc"}, {"num_attention_heads": 3}])
+@pytest.mark.parametrize(
+    "dimensions",
+    [
+        {"hidden_size": 63}, {"hidden_size": "abc"}, {"num_attention_heads": 3}, {"num_key_value_heads": 3},
+        {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}},
+        {"rope_parameters": {"rope_type": "nosuch", "rope_theta": 1e4}},
+    ],
+)  # fmt: skip
 def test_dimensions_that_make_no_model_are_told_in_a_line(tmp_path, dimensions):
     source = ModelSource("tiny", tmp_path, init="random", architecture="llama", dimensions={**TINY, **dimensions})
-    with pytest.raises(UserError, match=r"^model\.dimensions: ") as caught:
-        source.config()
+    with pytest.raises(UserError, match=r"^model\.dimensions: makes no model") as caught:
+        source.folder()
     assert "\n" not in str(caught.value)
 
 
