@@ -9,7 +9,6 @@ import functools
 import math
 import os
 import re
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dpo_lightning.contradictions import contradictions, unmeasured_search, without_effect
 from dpo_lightning.keys import TRAINER_KEYS, targets_of, untrusted, wrong_keys
+from dpo_lightning.paths import fresh_name
 from dpo_lightning.types import UserError
 
 PACKAGE = Path(__file__).resolve().parent
@@ -248,7 +248,7 @@ def run_dir_of(cfg: DictConfig, job: int | None = None) -> Path:
         return Path(os.environ["DPO_LIGHTNING_RUN_DIR"])
     slurm = os.environ.get("SLURM_ARRAY_JOB_ID", os.environ.get("SLURM_JOB_ID"))
     task = os.environ.get("SLURM_ARRAY_TASK_ID")
-    name = f"slurm-{slurm}{f'_{task}' if task else ''}" if slurm else time.strftime("%Y-%m-%d_%H-%M-%S")
+    name = f"slurm-{slurm}{f'_{task}' if task else ''}" if slurm else fresh_name()
     path = Path("runs", name if job is None else f"{name}_{job}").absolute()
     os.environ["DPO_LIGHTNING_RUN_DIR"] = str(path)
     return path

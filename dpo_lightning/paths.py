@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +23,11 @@ def looking(key: str, path: str | Path) -> Iterator[None]:
     except OSError as error:
         why = error.strerror or error
         raise UserError(f"{key}={path}: cannot be looked at ({why}); check the path, or choose another") from error
+
+
+def fresh_name() -> str:
+    """Return a run folder's name: the time, and four digits more, as several runs may start within a second."""
+    return f"{time.strftime('%Y-%m-%d_%H-%M-%S')}-{secrets.token_hex(2)}"
 
 
 def package_folder(name: str) -> Path | None:

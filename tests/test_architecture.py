@@ -25,7 +25,7 @@ MAY_USE = {
     "paths": {"types"},
     "cache": {"types"},
     "contradictions": {"types", "paths"},
-    "config": {"types", "keys", "contradictions"},
+    "config": {"types", "paths", "keys", "contradictions"},
     "cli": {"types", "paths", "keys", "config", "cluster"},
     "data": {"types", "cache"},
     "objective": {"types"},

@@ -400,11 +400,13 @@ def test_a_run_that_is_past_max_steps_says_that_nothing_is_trained(cli, metrics,
     for steps in (3, 5):
         assert cli(*RESUMABLE, f"trainer.max_steps={steps}", f"run_dir={tmp_path}") == 0
         assert "nothing is left to train" not in capsys.readouterr().out
+    validated = [row["step"] for row in metrics(tmp_path) if "val/loss" in row]
     for steps in (5, 2):
         assert cli(*RESUMABLE, f"trainer.max_steps={steps}", f"run_dir={tmp_path}") == 0
         line = f"nothing is left to train: the checkpoint is of step 5, trainer.max_steps={steps}"
         assert line in capsys.readouterr().out.splitlines()
     assert [row["step"] for row in metrics(tmp_path) if "train/loss" in row] == [1, 2, 3, 4, 5]
+    assert [row["step"] for row in metrics(tmp_path) if "val/loss" in row] == validated, "nor is it validated again"
 
 
 def test_a_run_that_is_past_max_epochs_says_that_nothing_is_trained(cli, metrics, tmp_path, capsys):

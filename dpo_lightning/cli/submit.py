@@ -7,13 +7,13 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig
 
 from dpo_lightning.config import PACKAGE
+from dpo_lightning.paths import fresh_name
 from dpo_lightning.types import UserError
 
 # In a wheel launch/ lies in the package, in a checkout beside it; pyproject.toml's force-include is the other half.
@@ -24,7 +24,7 @@ OURS = ("array", "nodes", "ntasks", "ntasks-per-node", "output", "wrap")  # opti
 
 def folder_of(cfg: DictConfig) -> Path:
     """Return the run folder that the job will have: run_dir, or one dated now."""
-    return Path(cfg.run_dir or time.strftime("runs/%Y-%m-%d_%H-%M-%S")).absolute()
+    return Path(cfg.run_dir or Path("runs", fresh_name())).absolute()
 
 
 def submit(cfg: DictConfig, run_dir: Path, words: Sequence[str]) -> int:

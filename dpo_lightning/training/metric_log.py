@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 
 from dpo_lightning.cluster import points
-from dpo_lightning.cluster.ranks import over_ranks
+from dpo_lightning.cluster.ranks import from_rank_0, over_ranks
+from dpo_lightning.metrics_file import logged
 from dpo_lightning.model.flops import MatmulPeak, PairFlops
 from dpo_lightning.model.padded import positions
 from dpo_lightning.types import Batch
@@ -104,12 +106,22 @@ class MetricLog(pl.Callback):
         self._since += time.perf_counter() - self._paused
 
     def is_stale(self, trainer: pl.Trainer) -> bool:
-        """Return whether the weights have changed since the last validation; never where validation is off."""
-        measured = self.validations[-1]["step"] if self.validations else None
-        return bool(trainer.limit_val_batches) and measured != trainer.global_step  # type: ignore[attr-defined]
+        """Return whether the weights have changed since the last validation, which another start may have made.
+
+        Never where validation is off. Collective.
+        """
+        if not trainer.limit_val_batches:  # type: ignore[attr-defined]
+            return False
+        steps = [row["step"] for row in self.validations]
+        steps = steps or from_rank_0(trainer, lambda: _validated(Path(trainer.default_root_dir)))
+        return steps[-1:] != [trainer.global_step]
 
     def _log(self, trainer: pl.Trainer, metrics: dict[str, float], step: int) -> None:
         self.latest |= metrics
         points.at("log", step)
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step)
+
+
+def _validated(run_dir: Path) -> list[int]:
+    return [row["step"] for _, row in logged(run_dir) if "val/loss" in row]

@@ -22,7 +22,7 @@ from dpo_lightning.training.parts import Parts
 from dpo_lightning.training.position import place, restore_own, save_own
 from dpo_lightning.training.spikes import Spikes
 from dpo_lightning.training.start import check_start
-from dpo_lightning.types import Batch, PairLogps
+from dpo_lightning.types import Batch, PairLogps, UserError
 
 Loss = Callable[[PairLogps, PairLogps], Tensor]
 
@@ -74,7 +74,14 @@ class DPOModule(pl.LightningModule):
             self.policy = self.build_policy()
             assert self.policy.training, "in eval mode dropout and activation checkpointing are silently off"
             self.reference = self.build_reference(self.policy)
-            if not any(hasattr(p, "ds_id") for p in self.policy.parameters()):
+            parameters = dict(self.policy.named_parameters())
+            sharded = any(hasattr(p, "ds_id") for p in parameters.values())
+            if sharded and any("lora_embedding" in name for name in parameters):
+                raise UserError(
+                    "lora.target_modules: PEFT's adapter of an embedding cannot be sharded as ZeRO 3 does; leave the "
+                    "embedding out, or use strategy=zero2"
+                )
+            if not sharded:
                 self.settle_layout()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DPOModule:

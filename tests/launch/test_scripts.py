@@ -517,8 +517,8 @@ def test_submit_names_a_folder_that_two_jobs_do_not_share(submitted, tmp_path, m
     monkeypatch.setenv("SLURM_JOB_ID", "1")  # of a shell within another job
     assert submitted(*TINY, "slurm.dry_run=true").code == 0
     (folder,) = (tmp_path / "runs").iterdir()
-    assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", folder.name)
-    monkeypatch.setattr("time.strftime", lambda *_: f"runs/{folder.name}")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d-[0-9a-f]{4}", folder.name)
+    monkeypatch.setattr("dpo_lightning.cli.submit.fresh_name", lambda: folder.name)
     ended = submitted(*TINY, "slurm.dry_run=true")
     assert ended.code == 2
     assert "submit once more" in ended.output
