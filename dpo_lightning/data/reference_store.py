@@ -28,14 +28,8 @@ class ReferenceStore:
 
     def find(self, keys_N: np.ndarray) -> np.ndarray:
         """Return the log-probabilities of these keys, float32 (N, 2), NaN where the store has none."""
-        found_N2 = np.full((len(keys_N), 2), np.nan, np.float32)
         records = self._records()
-        if len(records) and len(keys_N):
-            order = np.argsort(records["key"], kind="stable")
-            at = order[np.searchsorted(records["key"], keys_N, sorter=order).clip(max=len(records) - 1)]
-            hit = records["key"][at] == keys_N
-            found_N2[hit] = records["logps"][at[hit]]
-        return found_N2
+        return look_up(keys_N, records["key"], records["logps"])
 
     def append(self, keys_N: np.ndarray, logps_N2: np.ndarray) -> None:
         """Add records. Raises ValueError for a log-probability that is not finite, which no reference may have."""
@@ -57,6 +51,17 @@ class ReferenceStore:
         data = self.file.read_bytes()
         records = np.frombuffer(data, RECORD, count=len(data) // RECORD.itemsize)
         return records[records["check"] == _checksum(records)]
+
+
+def look_up(keys_N: np.ndarray, known_K: np.ndarray, logps_K2: np.ndarray) -> np.ndarray:
+    """Return the log-probabilities of these keys among known ones, float32 (N, 2), NaN where a key is not known."""
+    found_N2 = np.full((len(keys_N), 2), np.nan, np.float32)
+    if len(known_K) and len(keys_N):
+        order = np.argsort(known_K, kind="stable")
+        at = order[np.searchsorted(known_K, keys_N, sorter=order).clip(max=len(known_K) - 1)]
+        hit = known_K[at] == keys_N
+        found_N2[hit] = logps_K2[at[hit]]
+    return found_N2
 
 
 def _checksum(records: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ from dpo_lightning.cluster.exits import WrongNumbers
 from dpo_lightning.cluster.interrupt import Interrupt
 from dpo_lightning.cluster.ranks import from_rank_0
 from dpo_lightning.data.batches import MicroBatch, PairTable, of_like_length
-from dpo_lightning.data.reference_store import ReferenceStore
+from dpo_lightning.data.reference_store import ReferenceStore, look_up
 from dpo_lightning.model.attention import kernel_for
 from dpo_lightning.model.logps import base_of
 from dpo_lightning.model.products import product_dtype
@@ -64,7 +64,8 @@ class ReferenceCache(pl.Callback):
         pl_module.settle_layout()
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         store = from_rank_0(trainer, lambda: self._store(trainer, pl_module))
-        work = [self._look_up(trainer, data, name, store) for name in data.pairs]
+        asked = set[bytes]()
+        work = [self._look_up(trainer, data, name, store, asked) for name in data.pairs]
         missing, ahead = sum(len(part.missing) for part in work), sum(part.ahead for part in work)
         if missing:
             self._compute(trainer, pl_module, work, store)
@@ -92,13 +93,17 @@ class ReferenceCache(pl.Callback):
         name = hashlib.sha256(json.dumps(numerics, sort_keys=True).encode()).hexdigest()[:32]
         return ReferenceStore(self.folder / name)
 
-    def _look_up(self, trainer: pl.Trainer, data: Any, name: str, store: ReferenceStore) -> Work:
+    def _look_up(self, trainer: pl.Trainer, data: Any, name: str, store: ReferenceStore, asked: set[bytes]) -> Work:
+        """Return what is to be done for a table; `asked` are the pairs that other rows have asked for before."""
         pairs = data.pairs[name]
         keys_N = data.keys(pairs.table)
         # Rank 0 decides what is missing: others may see a fuller file a moment later.
         known_N2 = from_rank_0(trainer, lambda: self._found(store, keys_N))
         ahead = data.rows_ahead(name)
-        rows = ahead[np.isnan(known_N2[ahead, 0])]
+        keys = {int(row): bytes(keys_N[row]) for row in ahead[np.isnan(known_N2[ahead, 0])]}
+        once = {key: row for row, key in reversed(keys.items()) if key not in asked}
+        rows = np.sort(np.array([*once.values()], int))
+        asked.update(once)
         batches: list[MicroBatch] = []
         if len(rows):
             alike = of_like_length(data.lengths(pairs.table.select(rows)).sum(1), data.batch_size)
@@ -140,6 +145,7 @@ class ReferenceCache(pl.Callback):
             if trainer.num_nodes > 1 and trainer.local_rank == 0:  # this node's cache may be its own
                 lacking = np.isnan(self._found(store, part.keys_N[rows])[:, 0])
                 self._keep(store, part.keys_N[rows][lacking], part.known_N2[rows][lacking])
+        _spread(work)
 
     def _found(self, store: ReferenceStore, keys_N: np.ndarray) -> np.ndarray:
         """Read from the store; where somebody else's may not be read, nothing is known."""
@@ -163,6 +169,15 @@ class ReferenceCache(pl.Callback):
         if not self.warned:
             print(f"warning: the reference's log-probabilities cannot be {text}", flush=True)
         self.warned = True
+
+
+def _spread(work: Sequence[Work]) -> None:
+    """Give rows that repeat a pair what one of them was computed to have."""
+    known_K = np.concatenate([part.keys_N[part.missing] for part in work])
+    logps_K2 = np.concatenate([part.known_N2[part.missing] for part in work])
+    for part in work:
+        rows = np.flatnonzero(np.isnan(part.known_N2[:, 0]))
+        part.known_N2[rows] = look_up(part.keys_N[rows], known_K, logps_K2)
 
 
 def _autocast(trainer: pl.Trainer, kind: str) -> bool:

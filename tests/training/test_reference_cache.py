@@ -1,5 +1,6 @@
 """reference=cached gives the live reference's numbers, and computes a pair once under what makes them."""
 
+import json
 import os
 import signal
 import subprocess
@@ -247,6 +248,21 @@ def process(cache, *words, **options):
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
     )
+
+
+def test_a_pair_that_rows_repeat_is_computed_once(train, cache, tmp_path):
+    rows = [{"prompt": f"Why {n % 3}? ", "chosen": "So.", "rejected": "No."} for n in range(7)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["data=jsonl", f"data.path={file}", f"data.val_path={file}", "trainer.max_epochs=1", "optim.lr=1e-3"]
+    live, _ = train(*words, "reference=adapter_off")
+    cached, computed = train(*words, "reference=cached")
+    assert computed == [3]
+    (store,) = (cache / "reference").iterdir()
+    assert len(np.fromfile(store, RECORD)) == 3
+    for ours, theirs in zip(cached, live, strict=True):
+        for key in {"train/loss", "val/loss"} & {*ours}:
+            assert ours[key] == pytest.approx(theirs[key], abs=1e-5)
 
 
 def test_two_ranks_compute_each_pair_once_together(train, cache, tmp_path, metrics):
