@@ -73,8 +73,8 @@ def chosen(options: argparse.Namespace) -> list[Workload]:
     keys = ("warmup", "steps", "pairs", "device", "precision", "model")
     changes = {key: getattr(options, key) for key in keys if getattr(options, key) is not None}
     if options.arms:
-        changes["arms"] = tuple(_known(name, ARMS) for name in options.arms.split(","))
-    found = [WORKLOADS[_known(name, WORKLOADS)] for name in options.workload or WORKLOADS]
+        changes["arms"] = tuple(dict.fromkeys(_known(name, ARMS) for name in options.arms.split(",")))
+    found = [WORKLOADS[_known(name, WORKLOADS)] for name in dict.fromkeys(options.workload or WORKLOADS)]
     without = {COMPACT} if options.device == "cuda" else set()  # TRL's compact head is always on there
     return [replace(one, **{"arms": tuple(a for a in one.arms if a not in without), **changes}) for one in found]
 

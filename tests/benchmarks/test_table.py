@@ -229,6 +229,8 @@ def test_options_change_the_workloads(capsys):
     options = parser().parse_args(["hh-full", "--steps", "1", "--warmup", "0", "--arms", f"{SHIPPED},{LIVE}"])
     (workload,) = chosen(options)
     assert workload == replace(WORKLOADS["hh-full"], steps=1, warmup=0, arms=(SHIPPED, LIVE))
+    twice = ["hh-full", *options.workload, "--arms", f"{SHIPPED},{LIVE},{SHIPPED}"]
+    assert [one.arms for one in chosen(parser().parse_args(twice))] == [(SHIPPED, LIVE)]
     assert chosen(parser().parse_args([])) == [*WORKLOADS.values()]
     exact = chosen(parser().parse_args(["--precision", "32"]))
     assert exact == [replace(one, precision="32") for one in WORKLOADS.values()]
