@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks import machine, table
 from benchmarks.arms import program_of
-from benchmarks.records import Record, load, new_file, unfinished
+from benchmarks.records import UNREADABLE, Record, load, new_file, unfinished
 from benchmarks.runs import ROOT, Bench, BenchmarkError
 from benchmarks.workloads import ARMS, COMPACT, DATA, WORKLOADS, Workload
 
@@ -95,7 +95,7 @@ def recorded(file: Path) -> Record:
     """Return a recorded benchmark; raise BenchmarkError where the file holds none."""
     try:
         return load(file)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except UNREADABLE as error:
         raise BenchmarkError(f"--table {file}: no record of a benchmark ({error})") from error
 
 

@@ -9,6 +9,14 @@ from typing import Any
 
 from benchmarks.workloads import Workload
 
+UNREADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+)  # what `load` raises of a file that is no record
+
 
 @dataclass(frozen=True)
 class Step:
@@ -85,7 +93,10 @@ def load(file: Path) -> Record:
 def unfinished(folder: Path, like: Record) -> Path | None:
     """Return the newest file of a benchmark like this one, of the same code, that was cut off."""
     for file in sorted(folder.glob(f"*-{like.workload.name}*.json"), reverse=True):
-        there = load(file)
+        try:
+            there = load(file)
+        except UNREADABLE:
+            continue
         same = (there.workload, there.rounds, there.versions, there.machine)
         if same == (like.workload, like.rounds, like.versions, like.machine) and there.missing():
             return file

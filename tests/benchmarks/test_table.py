@@ -178,6 +178,8 @@ def test_what_was_cut_off_goes_on_where_it_stopped(tmp_path: Path):
     cut.save(file)
     assert new_file(tmp_path, cut).name == "2026-01-02-hh-lora-2.json"
     fresh = record(rounds=2)
+    (tmp_path / "2026-01-03-hh-lora.json").write_text("{")
+    (tmp_path / "2026-01-04-hh-lora.json").write_text('{"workload": "x"}')
     assert unfinished(tmp_path, fresh) == file
     assert unfinished(tmp_path, replace(fresh, versions={**fresh.versions, "dpo_lightning": "other"})) is None
     assert unfinished(tmp_path, replace(fresh, workload=replace(WORKLOAD, steps=3))) is None
@@ -269,11 +271,16 @@ def test_a_benchmark_without_trl_says_nothing_of_it():
     [
         (["--table", "nofile.json"], "error: --table nofile.json: no record of a benchmark ([Errno 2]"),
         (["--table", "README.md"], "error: --table README.md: no record of a benchmark (Expecting value"),
+        (["--table", "other.json"], "error: --table other.json: no record of a benchmark ('str' object"),
         (["hh-full", "--hh", "nofile"], "error: no file nofile: give preference pairs with --hh FILE"),
     ],
 )
-def test_a_file_that_is_not_there_or_is_another_is_told_in_a_line(words: list[str], told: str, monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
+def test_a_file_that_is_not_there_or_is_another_is_told_in_a_line(
+    words: list[str], told: str, tmp_path: Path, monkeypatch, capsys
+):
+    (tmp_path / "README.md").write_text("# no JSON")
+    (tmp_path / "other.json").write_text('{"workload": "x"}')
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(machine, "lacks_bfloat16", lambda: False)
     monkeypatch.setattr(machine, "versions", lambda: {"trl": "1"})
     assert main(words) == 2
