@@ -113,9 +113,13 @@ def bench(workload: Workload, options: argparse.Namespace) -> None:
         raise BenchmarkError(
             f"--resume: commit {told}: what was cut off may be of other code; commit it, or start anew"
         )
-    file = unfinished(options.out, fresh) if options.resume else None
-    record = load(file) if file else fresh
-    file = file or new_file(options.out, record)
+    try:
+        file = unfinished(options.out, fresh) if options.resume else None
+        record = load(file) if file else fresh
+        file = file or new_file(options.out, record)
+        record.save(file)  # a folder that takes no file is to be known before hours of runs
+    except OSError as error:
+        raise BenchmarkError(f"--out {options.out}: no record can be written there ({error})") from error
     Bench(record, file, data).run()
     text = table.write(record)
     file.with_suffix(".md").write_text(text)

@@ -207,24 +207,16 @@ def _has_trl(record: Record) -> bool:
 
 
 def _setting(record: Record) -> Iterator[str]:
-    workload, pairs = record.workload, record.pairs
-    lengths = pairs["lengths"]
-    means = [f"{mean(row[side] for row in lengths):.0f}" for side in range(3)]
-    longest = max(prompt + max(chosen, rejected) for prompt, chosen, rejected in lengths)
+    workload = record.workload
     mode = "LoRA r 16 on all linear layers" if workload.lora else "full fine-tuning"
     yield (
         f"`{' '.join(workload.model)}`, {mode}, learning rate {workload.lr:g}, {workload.pairs} pairs a step in file "
         f"order, {workload.dtype}; rounds: {record.rounds}, in each every arm once, one process after the other. "
         "A ratio is of the total time of the timed steps, or of the peaks of memory, of two runs of one round."
     )
-    yield ""
-    yield (
-        f"Pairs: {pairs['file']}, {pairs['distinct']} different ones, gone through "
-        f"{len(lengths) / pairs['distinct']:.2g} times; rows left out up to the last one, as unusable or longer than "
-        f"{workload.max_length} tokens: {pairs['left_out']}. Mean tokens: prompt {means[0]}, chosen {means[1]}, "
-        f"rejected {means[2]}; longest sequence {longest}."
-        + (" TRL's token ids are the same as ours." if _has_trl(record) else "")
-    )
+    if record.pairs:  # else it was cut off before it had any
+        yield ""
+        yield _pairs(record)
     if record.parity:
         told = ", ".join(f"{key.replace('_', ' ')} {value:.1e}" for key, value in record.parity.items())
         yield ""
@@ -232,3 +224,16 @@ def _setting(record: Record) -> Iterator[str]:
     yield ""
     arms = ARMS if workload.precision == "bf16" else ARMS_IN_FLOAT32
     yield from (f"- `{arm}`: {arms[arm]}." for arm in workload.arms)
+
+
+def _pairs(record: Record) -> str:
+    pairs, lengths = record.pairs, record.pairs["lengths"]
+    means = [f"{mean(row[side] for row in lengths):.0f}" for side in range(3)]
+    longest = max(prompt + max(chosen, rejected) for prompt, chosen, rejected in lengths)
+    return (
+        f"Pairs: {pairs['file']}, {pairs['distinct']} different ones, gone through "
+        f"{len(lengths) / pairs['distinct']:.2g} times; rows left out up to the last one, as unusable or longer than "
+        f"{record.workload.max_length} tokens: {pairs['left_out']}. Mean tokens: prompt {means[0]}, chosen {means[1]}, "
+        f"rejected {means[2]}; longest sequence {longest}."
+        + (" TRL's token ids are the same as ours." if _has_trl(record) else "")
+    )

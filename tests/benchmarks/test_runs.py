@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks import runs
+from benchmarks import machine, runs
+from benchmarks.__main__ import main
 from benchmarks.records import Record, load
 from benchmarks.workloads import LIVE, SHIPPED, WORKLOADS
 
@@ -120,3 +121,53 @@ def test_a_parent_larger_than_its_children_is_noticed(children: Children, monkey
     monkeypatch.setattr(runs, "run_child", lambda *words: (children(*words), runs.Child(1, 1.0))[1])
     with pytest.raises(runs.BenchmarkError, match="larger than its children"):
         bench(children)
+
+
+@pytest.fixture
+def known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "versions", lambda: dict.fromkeys(["dpo_lightning", *machine.PACKAGES], "1"))
+    monkeypatch.setattr(machine, "lacks_bfloat16", lambda: False)
+
+
+WORDS = [
+    "hh-lora",
+    "--hh",
+    "README.md",
+    "--rounds",
+    "1",
+    "--warmup",
+    "1",
+    "--steps",
+    "2",
+    "--arms",
+    f"{SHIPPED},{LIVE}",
+]
+
+
+@pytest.mark.usefixtures("known")
+def test_results_that_cannot_be_written_are_told_before_anything_runs(children: Children, tmp_path: Path, capsys):
+    out = tmp_path / "file"
+    out.touch()
+    assert main([*WORDS, "--out", str(out)]) == 2
+    assert children.started == []
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: --out {out}: no record can be written there ([Errno ") and error.count("\n") == 1
+
+
+def failing(*_: object) -> runs.Child:
+    raise runs.BenchmarkError("no model")
+
+
+@pytest.mark.usefixtures("known")
+def test_the_empty_record_of_one_that_failed_at_once_is_gone_on_with(children: Children, tmp_path: Path, capsys):
+    words, out = [*WORDS, "--out", str(tmp_path / "out")], tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "run_child", failing)
+        assert main(words) == 2
+    (file,) = out.iterdir()
+    assert load(file).missing() == [(1, SHIPPED), (1, LIVE)]
+    assert main(["--table", str(file)]) == 0
+    assert "2 of 2 runs are missing" in capsys.readouterr().out
+    assert main([*words, "--resume"]) == 0
+    assert {*out.iterdir()} == {file, file.with_suffix(".md")}
+    assert not load(file).missing()
