@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
+from benchmarks.__main__ import positive
 from benchmarks.arms import environment
-from benchmarks.runs import ROOT, SCRATCH, run_child
+from benchmarks.runs import ROOT, SCRATCH, BenchmarkError, run_child
 
 STAGES = {
     "tokenise": "read and judge the rows, tokenise them, write the table, split",
@@ -166,22 +167,30 @@ def measure(counts: Sequence[int]) -> str:
     return f"# Cost of N pairs\n\n{head}. Memory above that of the imports.\n\n{told}\n\n" + "\n".join(lines) + "\n"
 
 
-def main(words: Sequence[str]) -> None:
-    """Enter from the command line."""
+def main(words: Sequence[str]) -> int:
+    """Enter from the command line; return the exit code."""
     if words == ["--model"]:
         _source().folder()
-        return
+        return 0
     if words[:1] == ["--stage"]:
         print(json.dumps(stage(words[1], int(words[2]))))
-        return
+        return 0
     parse = argparse.ArgumentParser(prog="python -m benchmarks.cost", description=str(__doc__).partition("\n")[0])
-    parse.add_argument("pairs", nargs="*", type=int, default=[1000, 10_000, 100_000, 1_000_000], help="how many, each")
-    text = measure(parse.parse_args(words).pairs)
+    parse.add_argument(
+        "pairs", nargs="*", type=positive, default=[1000, 10_000, 100_000, 1_000_000], help="how many, each"
+    )
+    options = parse.parse_args(words)
+    try:
+        text = measure(options.pairs)
+    except BenchmarkError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     file = ROOT / "benchmarks" / "results" / f"{time.strftime('%F')}-cost.md"
     file.parent.mkdir(exist_ok=True)
     file.write_text(text)
     print(text)
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import machine, runs
+from benchmarks import cost, machine, runs
 from benchmarks.__main__ import main
 from benchmarks.records import Record, load
 from benchmarks.workloads import LIVE, SHIPPED, WORKLOADS
@@ -171,3 +171,22 @@ def test_the_empty_record_of_one_that_failed_at_once_is_gone_on_with(children: C
     assert main([*words, "--resume"]) == 0
     assert {*out.iterdir()} == {file, file.with_suffix(".md")}
     assert not load(file).missing()
+
+
+@pytest.fixture
+def costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return where `benchmarks.cost` works here; its children fail."""
+    monkeypatch.setattr(cost, "SCRATCH", tmp_path / "scratch")
+    monkeypatch.setattr(cost, "ROOT", tmp_path)
+    monkeypatch.setattr(cost, "run_child", failing)
+    return tmp_path
+
+
+def test_wrong_counts_and_failed_children_of_the_cost_are_told_without_a_traceback(costs: Path, capsys):
+    for count in ("-5", "0"):
+        with pytest.raises(SystemExit, match="2"):
+            cost.main([count])
+        assert f"invalid positive value: '{count}'" in capsys.readouterr().err
+    assert cost.main(["3"]) == 2
+    assert capsys.readouterr().err == "error: no model\n"
+    assert not [*costs.rglob("*.jsonl")]
