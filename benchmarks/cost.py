@@ -32,16 +32,21 @@ BATCH = 8
 
 
 def write_rows(file: Path, count: int) -> None:
-    """Write `count` pairs of 20 to 60 words of prompt and 10 to 40 of each answer, a row at a time."""
+    """Write `count` pairs of 20 to 60 words of prompt and 10 to 40 of each answer, a row at a time.
+
+    The file is there once it is whole: one that was cut off would be measured under the full number.
+    """
     rng = random.Random(0)
 
     def text(low: int, high: int) -> str:
         return " ".join(rng.choices(WORDS, k=rng.randint(low, high)))
 
-    with file.open("w") as out:
+    scratch = file.with_suffix(".part")
+    with scratch.open("w") as out:
         for number in range(count):
             row = {"prompt": f"{number}: {text(20, 60)}?", "chosen": text(10, 40), "rejected": text(10, 40)}
             out.write(json.dumps(row) + "\n")
+    scratch.replace(file)
 
 
 def stage(name: str, count: int) -> dict[str, float]:
@@ -109,6 +114,8 @@ def _do(name: str, count: int, source: Any, store: Any) -> None:
         path=str(rows_of(count)),
     )  # fmt: skip
     data.prepare_data()
+    found = len(data.train) + len(data.val)
+    assert found == count, f"{rows_of(count)} has {found} usable pairs: delete it"
     if name == "cache":
         _fill(data, store)
     elif name == "open":

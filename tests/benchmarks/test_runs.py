@@ -3,7 +3,9 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -11,6 +13,7 @@ from benchmarks import cost, machine, runs
 from benchmarks.__main__ import main
 from benchmarks.records import Record, load
 from benchmarks.workloads import LIVE, SHIPPED, WORKLOADS
+from dpo_lightning.model.tiny import byte_tokenizer
 
 WORKLOAD = replace(WORKLOADS["hh-lora"], arms=(SHIPPED, LIVE), warmup=1, steps=2)
 
@@ -190,3 +193,21 @@ def test_wrong_counts_and_failed_children_of_the_cost_are_told_without_a_traceba
     assert cost.main(["3"]) == 2
     assert capsys.readouterr().err == "error: no model\n"
     assert not [*costs.rglob("*.jsonl")]
+
+
+def test_rows_of_the_cost_are_all_there_or_not_at_all(costs: Path, monkeypatch):
+    file = costs / "rows.jsonl"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(cost, "json", SimpleNamespace(dumps=Mock(side_effect=["{}", KeyboardInterrupt])))
+        cost.write_rows(file, 3)
+    assert not file.exists()
+    cost.write_rows(file, 3)
+    assert len(file.read_text().splitlines()) == 3
+
+
+def test_the_cost_of_another_number_of_pairs_is_not_told(costs: Path, monkeypatch):
+    monkeypatch.setenv("DPO_LIGHTNING_CACHE", str(costs / "cache"))
+    cost.rows_of(3).parent.mkdir(parents=True)
+    cost.write_rows(cost.rows_of(3), 2)
+    with pytest.raises(AssertionError, match="has 2 usable pairs"):
+        cost._do("tokenise", 3, SimpleNamespace(load_tokenizer=byte_tokenizer), None)
