@@ -107,6 +107,10 @@ def new_file(folder: Path, record: Record) -> Path:
     """Return a free file name: date, workload, cuda and float32 if so, and a number where a day has several."""
     workload = record.workload
     kind = ("-cuda" if workload.device == "cuda" else "") + ("-float32" if workload.precision == "32" else "")
-    stem = f"{record.started[:10]}-{workload.name}{kind}"
-    names = (folder / f"{stem}{suffix}.json" for suffix in ("", *(f"-{n}" for n in range(2, 1000))))
+    return free(folder, f"{record.started[:10]}-{workload.name}{kind}", ".json")
+
+
+def free(folder: Path, stem: str, suffix: str) -> Path:
+    """Return a file that is not there yet: the stem, or the stem and a number."""
+    names = (folder / f"{stem}{number}{suffix}" for number in ("", *(f"-{n}" for n in range(2, 1000))))
     return next(file for file in names if not file.exists())

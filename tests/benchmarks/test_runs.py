@@ -181,6 +181,7 @@ def costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return where `benchmarks.cost` works here; its children fail."""
     monkeypatch.setattr(cost, "SCRATCH", tmp_path / "scratch")
     monkeypatch.setattr(cost, "ROOT", tmp_path)
+    (tmp_path / "benchmarks").mkdir()
     monkeypatch.setattr(cost, "run_child", failing)
     return tmp_path
 
@@ -211,3 +212,23 @@ def test_the_cost_of_another_number_of_pairs_is_not_told(costs: Path, monkeypatc
     cost.write_rows(cost.rows_of(3), 2)
     with pytest.raises(AssertionError, match="has 2 usable pairs"):
         cost._do("tokenise", 3, SimpleNamespace(load_tokenizer=byte_tokenizer), None)
+
+
+def test_the_cost_is_of_a_cold_cache_each_time_and_keeps_earlier_records(costs: Path, monkeypatch):
+    warm = []
+
+    def child(words: list[str], env: dict[str, str], log: Path) -> None:
+        made = [Path(env["DPO_LIGHTNING_CACHE"], "data"), Path(env["HF_DATASETS_CACHE"])]
+        if "--stage" in words:
+            warm.append((words[-2], [folder.exists() for folder in made]))
+            for folder in made:
+                folder.mkdir(parents=True, exist_ok=True)
+            log.parent.mkdir(exist_ok=True)
+            log.write_text(json.dumps({"seconds": 1.0, "own": 2.0, "mapped": 3.0}))
+
+    monkeypatch.setattr(cost, "run_child", child)
+    monkeypatch.setattr(cost.time, "strftime", lambda form: "2026-01-02")
+    assert cost.main(["3", "4"]) == cost.main(["3"]) == 0
+    assert warm == [("tokenise", [False] * 2), ("cache", [True] * 2), ("open", [True] * 2)] * 3
+    first, second = (costs / "benchmarks" / "results" / f"2026-01-02-cost{number}.md" for number in ("", "-2"))
+    assert "| 4 |" in first.read_text() and "| 4 |" not in second.read_text()
