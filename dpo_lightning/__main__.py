@@ -30,9 +30,11 @@ from dpo_lightning.cli.errors import explain, fail
 from dpo_lightning.cli.hub import prefer_cache
 from dpo_lightning.cli.process import importing, prepare
 from dpo_lightning.cli.secrets import without_passwords
+from dpo_lightning.cli.trials import check_trials
 from dpo_lightning.cluster.exits import DONE, INTERRUPTED, USER_ERROR, WRONG_NUMBERS
 from dpo_lightning.config import CONF, check, check_values, run_dir_of
 from dpo_lightning.keys import nearest
+from dpo_lightning.paths import at_home
 from dpo_lightning.types import RunError, UserError
 
 VERBS = ("train", "check", "submit", "export", "report", "compare")
@@ -51,6 +53,8 @@ def run(verb: str, cfg: DictConfig) -> tuple[int, float | None]:
         return getattr(verbs, verb)(cfg), None
     multirun = hydra_config.mode is not None and hydra_config.mode.name == "MULTIRUN"
     search = multirun and not hydra_config.sweeper._target_.endswith(".BasicSweeper")
+    if multirun and not search and hydra_config.job.num == 0:
+        check_trials(str(hydra_config.job.config_name))
     check(cfg, hydra_config.overrides.task, search)
     judge_rows(cfg)
     if verb == "submit":
@@ -163,7 +167,7 @@ def main() -> None:
         fail(f"unknown verb {verb}{nearest(verb, VERBS)}; there are {', '.join(VERBS)}")
     prepare(outlives=verb == "train")
     # Hydra's parser takes its flags before the overrides or behind them, not between: the overrides go last.
-    sys.argv[1:] = sorted(sys.argv[1:], key=lambda arg: re.match(r"~|[^-].*=", arg) is not None)
+    sys.argv[1:] = sorted(map(at_home, sys.argv[1:]), key=lambda arg: re.match(r"~|[^-].*=", arg) is not None)
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # else Hydra prints its errors itself and exits with 1
     guard.install()
     codes: list[int] = []

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from dpo_lightning.paths import looking, package_folder
 from dpo_lightning.types import UserError
 
+PATHS = ("run_dir", "resume", "data.path", "data.val_path", "model.name", "model.tokenizer")
 VALIDATION = tuple(
     f"trainer.{key}"
     for key in ("limit_val_batches", "val_check_interval", "check_val_every_n_epoch", "num_sanity_val_steps")
@@ -33,6 +34,9 @@ def contradictions(cfg: DictConfig) -> Iterator[str]:
         yield "trainer.check_val_every_n_epoch=null: validations are counted within an epoch; leave it out"
     if OmegaConf.select(cfg, "model.init") == "random" and not cfg.model.architecture:
         yield "model.init=random needs model.architecture=..., transformers' model_type, for instance llama"
+    for key in PATHS:
+        if str(path := OmegaConf.select(cfg, key, throw_on_missing=False)).startswith("~"):
+            yield f"{key}={path}: ~ is no folder's name here; write it out, or give {key}=~/... without quotes"
     yield from _data_contradictions(cfg)
     yield from _or_refusal(_closed_folder(cfg))
     name = OmegaConf.select(cfg, "model.name")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import secrets
 import time
 from collections.abc import Iterator
@@ -23,6 +24,15 @@ def looking(key: str, path: str | Path) -> Iterator[None]:
     except OSError as error:
         why = error.strerror or error
         raise UserError(f"{key}={path}: cannot be looked at ({why}); check the path, or choose another") from error
+
+
+def at_home(override: str) -> str:
+    """Return an override whose value begins with ~/ with the home folder in its place: no shell does it behind a =.
+
+    >>> at_home("loss.beta=~1"), at_home("~callbacks.bar"), at_home("run_dir=~/x") == f"run_dir={Path.home()}/x"
+    ('loss.beta=~1', '~callbacks.bar', True)
+    """
+    return re.sub(r"(?<==)~(?=/|$)", lambda _: str(Path.home()), override, count=1)
 
 
 def fresh_name() -> str:

@@ -37,7 +37,7 @@ MAY_USE = {
     "finish": {"data", "model", "cluster", "training", "outputs"},
     "resolve": {"types", "data", "model", "checkpoints", "training"},
     "train": {"types", "cache", "data", "model", "cluster", "checkpoints", "training", "resolve", "finish"},
-    "__main__": {"types", "keys", "config", "cli", "data", "cluster", "checkpoints", "outputs", "train"},
+    "__main__": {"types", "paths", "keys", "config", "cli", "data", "cluster", "checkpoints", "outputs", "train"},
 }
 VERBS = r"(train|resolve|config|contradictions|__main__|cli/\w+)\.py"
 # package of others: the files that may import it

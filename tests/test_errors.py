@@ -136,6 +136,7 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
         ["data.val_fraction=0", "trainer.val_check_interval=0.5", "trainer.limit_val_batches=2"],
         ["trainer.val_check_interval=0.5 has no effect with data.val_fraction=0: leave", "trainer.limit_val_batches=2"],
     ),
+    "home in quotes": (["run_dir='~/x'"], ["run_dir=~/x: ~ is no folder's name here; write it out"]),
     "checkpoint absent": (["resume=TMP/no"], ["resume=TMP/no: no such checkpoint", "auto or never"]),
     "not a checkpoint": (["resume=TMP/own"], ["resume=TMP/own: not a whole checkpoint", "give a folder like"]),
     "run folder taken": (["run_dir=TMP/old"], ["run_dir=TMP/old: holds a run", "choose another folder"]),
@@ -266,7 +267,9 @@ def test_what_only_tokenized_rows_can_tell(folder: Path, main: Main, monkeypatch
     one = folder / "good.jsonl"
     one.write_text(json.dumps(ROW))
     stderr = main("model=tiny", "logger=none", f"run_dir={folder}/run", "data=jsonl", f"data.path={one}")
-    assert_told(stderr, ["one prompt alone cannot be split", "add rows or give data.val_path=FILE"], folder)
+    assert_told(
+        stderr, ["one prompt alone cannot be split", "add rows, give data.val_path=FILE, or train without"], folder
+    )
 
 
 @pytest.mark.parametrize("verb", ["trane", "tests"])
@@ -427,6 +430,7 @@ BAD: dict[str, list[object]] = {
     "reference.offload": ["cpu", None],
     "loss.beta": [0, -0.1, "0.1", float("nan"), float("inf"), True],
     "loss.label_smoothing": [0.5, -0.1],
+    "loss.sft_weight": [-1, None],
     "optim.lr": [0, "fast", None],
     "optim.betas": [[0.9], [0.9, 1], 0.9],
     "optim.eps": [0],
@@ -454,7 +458,9 @@ BAD: dict[str, list[object]] = {
     "logger.tags": ["a", [5]],
 }
 # Options to choose for keys that the default configuration does not have.
-NEEDS: dict[str, tuple[str, ...]] = {}
+NEEDS: dict[str, tuple[str, ...]] = {
+    "loss.sft_weight": ("loss=rpo",),
+}
 
 
 @functools.cache

@@ -30,6 +30,14 @@ def last(file):
     return [row for row in map(json.loads, file.read_text().splitlines()) if "val/loss" in row][-1]
 
 
+def test_every_value_of_a_grid_is_judged_before_the_first_trial(cli, capsys, tmp_path):
+    wrong = ["loss.beta=0.1,-2", "lora.r=8,0", "trainer.max_epochs=1"]
+    assert cli("--multirun", *WORDS, *wrong, f"run_dir={tmp_path / 'grid'}") == 2
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert told == ["error: loss.beta=-2: must be a number above 0", "error: lora.r=0: must be a whole number above 0"]
+    assert not (tmp_path / "grid").exists()
+
+
 @pytest.mark.parametrize("nothing", ["data.val_fraction=0", "trainer.limit_val_batches=0"])
 def test_a_search_whose_metric_nothing_measures_is_refused(nothing, cli, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

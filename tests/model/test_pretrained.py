@@ -151,8 +151,8 @@ def test_what_text_does_not_pass_through_is_not_trained(full, seeing):
     assert trained and not any("vision" in name or "projector" in name for name in trained)
     policy(input_ids=torch.arange(3, 20)[None]).logits.sum().backward()
     assert {name for name, p in policy.named_parameters() if p.grad is not None} == trained
-    count = PairFlops.of(policy)
-    assert count is not None and count.trunk == PairFlops.of(text_alone(seeing)).trunk
+    count, alone = PairFlops.of(policy), PairFlops.of(text_alone(seeing))
+    assert count is not None and alone is not None and count.trunk == alone.trunk
 
 
 def text_alone(seeing: ModelSource) -> Any:

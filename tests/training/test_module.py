@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
@@ -17,6 +18,8 @@ from dpo_lightning.objective.losses import dpo
 from dpo_lightning.training.metric_log import MetricLog
 from dpo_lightning.training.module import DPOModule
 from dpo_lightning.training.optim import adamw
+from dpo_lightning.types import UserError
+from tests.model.test_layout import model_of
 from tests.ranks import TINY as TINY_RUN
 
 TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -155,6 +158,25 @@ def test_a_dtype_of_sixteen_bits_leaves_the_buffers_as_they_are():
     assert torch.equal(module.policy.frequencies, before)
     torch.nn.Module.to(module, "meta")
     assert (module.policy.frequencies.device.type, module.policy.frequencies.dtype) == ("meta", torch.float32)
+
+
+def test_the_adapter_of_an_embedding_that_would_be_sharded_is_refused():
+    def sharded():
+        policy = add_lora(model_of("llama", {}), r=4, lora_alpha=8, lora_dropout=0.0, target_modules=["embed_tokens"])
+        weight: Any = next(iter(policy.parameters()))
+        weight.ds_id = 0  # as DeepSpeed marks it
+        return policy
+
+    module = DPOModule(
+        build_policy=sharded,
+        build_reference=lambda _: None,
+        loss=partial(dpo, beta=0.1, label_smoothing=0.0),
+        beta=0.1,
+        build_optimizer=ADAMW,
+        seed=0,
+    )
+    with pytest.raises(UserError, match=r"^lora\.target_modules: .* use strategy=zero2"):
+        module.configure_model()
 
 
 @pytest.mark.filterwarnings("ignore:The following .*_pattern keys")  # PEFT's, of experts
