@@ -4,6 +4,7 @@ r"""A row, in any of the formats that preference data comes in, becomes a Pair. 
 {"prompt": [...], "chosen": [...], "rejected": [...]}                        messages, prompt repeated or not, or text
 {"chosen": [...], "rejected": [...]}                                         messages, prompt inside both
 {"chosen": "\n\nHuman: ...\n\nAssistant: ...", "rejected": "..."}            Anthropic HH's transcripts
+{"prompt": "\n\nHuman: ...\n\nAssistant:", "chosen": "...", ...}             the same, cut before the answer
 {"conversations": [{"from": "human", "value": ...}], "chosen": {...}, ...}   ShareGPT
 {"system": "...", "question": "...", "chosen": "...", "rejected": "..."}     any of these with a system turn of its own
 {"instruction": "...", "input": "...", "chosen": "...", "rejected": "..."}   Alpaca
@@ -28,7 +29,9 @@ UNREAD = ("tools", "chat_template_kwargs", "images", "image", "videos", "history
 UNREAD_IN_TURN = ("tool_calls", "reasoning_content", "reasoning", "thinking")
 # What pandas and json.dumps make of a list of messages in a column of text.
 WRITTEN = re.compile(r"""\s*\[\s*\{\s*["'](role|from|content|value)["']\s*:.*\}\s*\]\s*""", re.S)
-SPEAKER = re.compile(r"\n\n(Human|Assistant):")
+SPEAKER = re.compile(r"(?:\r?\n){2}(Human|Assistant):")
+OPENS = re.compile(r"\s*Human:")
+AWAITS_ANSWER = re.compile(r"\s*Human:.*(?:\r?\n){2}Assistant:\s*", re.S)
 
 
 class Unusable(Exception):
@@ -52,8 +55,8 @@ def to_pair(row: dict[str, Any]) -> Pair:
     chosen, rejected = row["chosen"], row["rejected"]
     if all(isinstance(side, str) and WRITTEN.fullmatch(side) for side in (chosen, rejected)):
         raise UserError("'chosen' is a list of messages written as text; write the list itself, in json or parquet")
-    if context is None and isinstance(chosen, str) and isinstance(rejected, str):
-        chosen, rejected = transcript(chosen, "chosen"), transcript(rejected, "rejected")
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        context, chosen, rejected = _transcribed(context, chosen, rejected)
     if context_key == "instruction" and isinstance(context, str) and isinstance(row.get("input"), str):
         context = f"{context}\n\n{row['input']}".strip()
     system = messages(row.get("system") or [], "system", "system")
@@ -88,9 +91,23 @@ def _opened_by(system: list[Message], prompt: list[Message]) -> list[Message]:
     return system + prompt
 
 
+def _transcribed(context: Any, chosen: str, rejected: str) -> tuple[Any, Any, Any]:
+    """Return the three with messages for the transcripts among them: whole ones, or cut before the answer."""
+    if context is None:
+        return None, transcript(chosen, "chosen"), transcript(rejected, "rejected")
+    whole = [transcript(side, "chosen") for side in (chosen, rejected) if OPENS.match(side)]
+    if len(whole) == 2 and whole[0][0] == whole[1][0]:  # two answers that are dialogues would open in two ways
+        if isinstance(context, str) and OPENS.match(context):
+            context = [turn for turn in transcript(context, "prompt") if turn["content"]]
+        return context, whole[0], whole[1]
+    if isinstance(context, str) and AWAITS_ANSWER.fullmatch(context):
+        return None, transcript(context + chosen, "chosen"), transcript(context + rejected, "rejected")
+    return context, chosen, rejected
+
+
 def transcript(text: str, key: str) -> list[Message]:
     """Parse Anthropic HH's form: blocks that open with 'Human:' or 'Assistant:', separated by empty lines."""
-    before, *parts = SPEAKER.split(f"\n\n{text}")  # then speaker, words, speaker, words, ...
+    before, *parts = SPEAKER.split(f"\n\n{text.lstrip()}")  # then speaker, words, speaker, words, ...
     if not parts:
         raise UserError(f"{key!r} is text without a 'prompt' beside it, and no 'Human: ... Assistant: ...' transcript")
     if before.strip():

@@ -117,6 +117,46 @@ FORMATS = {
         {"chosen": "\n\nHuman: Why?\n\nAssistant: Say\nHuman: no", "rejected": "\n\nHuman: Why?\n\nAssistant: Dunno."},
         ([Q], [bot("Say\nHuman: no")], [BAD]),
     ),
+    "transcript cut before the answer (full-hh-rlhf)": (
+        row("\n\nHuman: Why?\n\nAssistant:", " Because.", " Dunno."),
+        ONE_TURN,
+    ),
+    "transcript of several turns cut before the answer": (
+        row("\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Why?\n\nAssistant: ", "Because.", "Dunno.\n"),
+        (TALK, [GOOD], [BAD]),
+    ),
+    "transcript cut before the answer, and whole": (
+        row("\n\nHuman: Why?\n\nAssistant:", "Human: Why?\n\nAssistant: Because.", "Human: Why?\n\nAssistant: Dunno."),
+        ONE_TURN,
+    ),
+    "whole transcripts beside their question": (
+        row("Why?", "\n\nHuman: Why?\n\nAssistant: Because.", "\n\nHuman: Why?\n\nAssistant: Dunno."),
+        ONE_TURN,
+    ),
+    "whole transcripts beside their last question": (
+        row(
+            "Why?",
+            "Human: Hi\n\nAssistant: Hello\n\nHuman: Why?\n\nAssistant: Because.",
+            "Human: Hi\n\nAssistant: Hello\n\nHuman: Why?\n\nAssistant: Dunno.",
+        ),
+        (TALK, [GOOD], [BAD]),
+    ),
+    "transcript with a system turn of its own": (
+        {"system": "Be kind.", **row("Human: Why?\n\nAssistant:", "Because.", "Dunno.")},
+        ([system("Be kind."), Q], [GOOD], [BAD]),
+    ),
+    "transcript with Windows' line breaks": (
+        row("\r\n\r\nHuman: Why?\r\n\r\nAssistant:", " Because.\r\n", " Dunno."),
+        ONE_TURN,
+    ),
+    "text that quotes transcripts": (
+        row("Go on: Human: Hi\n\nAssistant:", "So:\n\nHuman: a\n\nAssistant: b", "No"),
+        ("Go on: Human: Hi\n\nAssistant:", "So:\n\nHuman: a\n\nAssistant: b", "No"),
+    ),
+    "answers that are dialogues": (
+        row("Write one.", "Human: a\n\nAssistant: b", "Human: c\n\nAssistant: d"),
+        ("Write one.", "Human: a\n\nAssistant: b", "Human: c\n\nAssistant: d"),
+    ),
     "ShareGPT": (
         {"conversations": [gpt("human", "Why?")], "chosen": gpt("gpt", "Because."), "rejected": gpt("gpt", "Dunno.")},
         ONE_TURN,
