@@ -7,12 +7,14 @@ r"""A row, in any of the formats that preference data comes in, becomes a Pair. 
 {"prompt": "\n\nHuman: ...\n\nAssistant:", "chosen": "...", ...}             the same, cut before the answer
 {"conversations": [{"from": "human", "value": ...}], "chosen": {...}, ...}   ShareGPT
 {"system": "...", "question": "...", "chosen": "...", "rejected": "..."}     any of these with a system turn of its own
+{"system": "...", "input": "...", "chosen": "...", "rejected": "..."}        the same, by Orca's other name
 {"instruction": "...", "input": "...", "chosen": "...", "rejected": "..."}   Alpaca
 """
 
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from typing import Any
 
@@ -50,16 +52,17 @@ def to_pair(row: dict[str, Any]) -> Pair:
     for key in UNREAD:
         if row.get(key):
             raise UserError(f"{key!r} is part of what the model sees, and is not read; write it into the turns")
-    context_key = next((key for key in CONTEXT_KEYS if row.get(key) is not None), "prompt")
-    context = row.get(context_key)
+    without = "input" if _given(row, "input") else "prompt"
+    context_key = next((key for key in CONTEXT_KEYS if _given(row, key) is not None), without)
+    context = _given(row, context_key)
     chosen, rejected = row["chosen"], row["rejected"]
     if all(isinstance(side, str) and WRITTEN.fullmatch(side) for side in (chosen, rejected)):
         raise UserError("'chosen' is a list of messages written as text; write the list itself, in json or parquet")
     if isinstance(chosen, str) and isinstance(rejected, str):
-        context, chosen, rejected = _transcribed(context, chosen, rejected)
+        context, chosen, rejected = _transcribed(row, context)
     if context_key == "instruction" and isinstance(context, str) and isinstance(row.get("input"), str):
         context = f"{context}\n\n{row['input']}".strip()
-    system = messages(row.get("system") or [], "system", "system")
+    system = [turn for turn in messages(_given(row, "system") or [], "system", "system") if turn["content"].strip()]
     if isinstance(chosen, str) and isinstance(rejected, str) and isinstance(context, str) and not system:
         pair = Pair(context, chosen, rejected)
     else:
@@ -70,6 +73,12 @@ def to_pair(row: dict[str, Any]) -> Pair:
             messages(rejected, "rejected", "assistant"),
         )
     return _with_preference(pair)
+
+
+def _given(row: dict[str, Any], key: str) -> Any:
+    """Return what a row has under a key; None for NaN, which is pandas' null."""
+    value = row.get(key)
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _remedy(row: dict[str, Any], lacking: str) -> str:
@@ -91,9 +100,16 @@ def _opened_by(system: list[Message], prompt: list[Message]) -> list[Message]:
     return system + prompt
 
 
-def _transcribed(context: Any, chosen: str, rejected: str) -> tuple[Any, Any, Any]:
-    """Return the three with messages for the transcripts among them: whole ones, or cut before the answer."""
+def _transcribed(row: dict[str, Any], context: Any) -> tuple[Any, Any, Any]:
+    """Return context and sides with messages for the transcripts among them: whole ones, or cut before the answer."""
+    chosen, rejected = row["chosen"], row["rejected"]
     if context is None:
+        for key in ("chosen", "rejected"):
+            if not SPEAKER.search(f"\n\n{row[key].lstrip()}"):
+                raise UserError(
+                    f"{key!r} is text without a 'prompt' beside it (found keys: {', '.join(map(str, row))}), and no "
+                    "'Human: ... Assistant: ...' transcript; rename the key of what was asked to 'prompt'"
+                )
         return None, transcript(chosen, "chosen"), transcript(rejected, "rejected")
     whole = [transcript(side, "chosen") for side in (chosen, rejected) if OPENS.match(side)]
     if len(whole) == 2 and whole[0][0] == whole[1][0]:  # two answers that are dialogues would open in two ways
@@ -108,8 +124,6 @@ def _transcribed(context: Any, chosen: str, rejected: str) -> tuple[Any, Any, An
 def transcript(text: str, key: str) -> list[Message]:
     """Parse Anthropic HH's form: blocks that open with 'Human:' or 'Assistant:', separated by empty lines."""
     before, *parts = SPEAKER.split(f"\n\n{text.lstrip()}")  # then speaker, words, speaker, words, ...
-    if not parts:
-        raise UserError(f"{key!r} is text without a 'prompt' beside it, and no 'Human: ... Assistant: ...' transcript")
     if before.strip():
         raise UserError(f"{key!r} has text before its first 'Human:'; move it into a turn or remove it")
     roles = ["user" if speaker == "Human" else "assistant" for speaker in parts[::2]]

@@ -64,6 +64,15 @@ FORMATS = {
     "a system turn beside a talk that has it": ({"system": "S", **row([system("S"), Q], [GOOD], [BAD])},
                                                 ([system("S"), Q], [GOOD], [BAD])),
     "no system turn": ({"system": "", **row("Q", "a", "b")}, ("Q", "a", "b")),
+    "Orca's input": ({"system": "Be kind.", "input": "Why?", "chosen": "a", "rejected": "b"},
+                     ([system("Be kind."), Q], [bot("a")], [bot("b")])),
+    "an input that is a null beside a prompt that is one": (
+        {"input": float("nan"), "prompt": float("nan"), "question": "Q", "chosen": "a", "rejected": "b"},
+        ("Q", "a", "b"),
+    ),
+    "an empty input beside whole messages": ({"input": "", "chosen": [Q, GOOD], "rejected": [Q, BAD]}, ONE_TURN),
+    "a system turn that is pandas' null": ({"system": float("nan"), **row("Q", "a", "b")}, ("Q", "a", "b")),
+    "a blank system turn": ({"system": " \n", **row("Q", "a", "b")}, ("Q", "a", "b")),
     "Alpaca's input": ({"instruction": "Sum up:", "input": "It rained.", "chosen": "a", "rejected": "b"},
                        ("Sum up:\n\nIt rained.", "a", "b")),
     "Alpaca's empty input": ({"instruction": "Q", "input": "", "chosen": "a", "rejected": "b"}, ("Q", "a", "b")),
@@ -255,7 +264,10 @@ MALFORMED = {
         row([{"role": "user", "content": [{"type": "image"}]}], [GOOD], [BAD]),
         ["'prompt'", "list, not text"],
     ),
-    "text without a prompt": ({"chosen": "a", "rejected": "b"}, ["'chosen'", "'prompt'", "transcript"]),
+    "text without a prompt": (
+        {"chosen": "a", "rejected": "b"},
+        ["'chosen'", "transcript", "(found keys: chosen, rejected)", "rename the key of what was asked to 'prompt'"],
+    ),
     "transcript beside plain text": (
         {"chosen": "\n\nHuman: Why?\n\nAssistant: Because.", "rejected": "Dunno."},
         ["'rejected'", "'prompt'", "transcript"],
