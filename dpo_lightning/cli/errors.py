@@ -25,8 +25,9 @@ def explain(error: Exception) -> str:
     if "hydra/sweeper" in text and "optuna" in text:
         return "sweep=: Hydra's sweeper for Optuna is not installed; pip install 'dpo-lightning[sweep]'"
     if found := re.search(r"Could not override '([^']+)'", text):
-        return no_such_key(found[1])
-    if found := re.search(r"Could not append to config. An item is already at '([^']+)'", text):
+        return no_such_key(found[1], getattr(error.__cause__, "full_key", found[1]))
+    found = re.search(r"(?:An item is already at '|Multiple values for )(\w[\w./]*\w)", text)
+    if found and any(arg.startswith(f"+{found[1]}=") for arg in sys.argv):
         return f"+{found[1]}: there is such a key already; leave the + out"
     if found := re.search(r"Could not (?:find|load) '([^'/]+)/([^']+)'", text):
         options = re.findall(r"\t(\S+)", text.partition("Config search path")[0])
@@ -41,12 +42,19 @@ def explain(error: Exception) -> str:
     return text or type(error).__name__
 
 
-def no_such_key(key: str) -> str:
-    """Return what to say of a key that the composed configuration does not have."""
+def no_such_key(key: str, lacking: str) -> str:
+    """Return what to say of a key that the composed configuration does not have, since it has no `lacking`."""
     known = known_keys()
+    if key in known and lacking == key.partition(".")[0]:
+        return f"{key}: {builds_on_nothing(lacking)}"
     if key in known:
         return f"{key}: the chosen option of {key.partition('.')[0]}= has no such key; choose another or leave it out"
     return f"unknown key {key}{nearest(key, known)}; `--cfg job` prints all keys"
+
+
+def builds_on_nothing(lacking: str) -> str:
+    """Return what helps where a section that every configuration has is not in an own one."""
+    return f"the configuration has no {lacking}; give the file of --config-name `defaults: [config, _self_]`"
 
 
 def known_keys() -> list[str]:
