@@ -160,7 +160,7 @@ CHECKS: dict[str, Check] = {
     "trainer.num_sanity_val_steps": (lambda v: _integer(v) and v >= -1, "a whole number, or -1 for all"),
     "trainer.deterministic": _either(FLAG, "warn", "auto"),
     "strategy.name": _one_of("auto", "single", "ddp", "zero1", "zero2", "zero3", "zero3_offload"),
-    "logger.project": TEXT,
+    "logger.project": _optional(TEXT),
     "logger.entity": _optional(TEXT),
     "logger.name": _optional(TEXT),
     "logger.tags": TEXTS,

@@ -469,7 +469,7 @@ BAD: dict[str, list[object]] = {
     "trainer.num_sanity_val_steps": [-2],
     "trainer.deterministic": ["yes"],
     "strategy.name": [None],
-    "logger.project": [None],
+    "logger.project": [""],
     "logger.entity": [5],
     "logger.name": [""],
     "logger.tags": ["a", [5]],

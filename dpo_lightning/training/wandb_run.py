@@ -31,18 +31,22 @@ Row = dict[str, Any]  # what run.log takes; a list of mappings becomes a table
 
 
 def wandb_logger(
-    run_dir: Path, config: dict[str, Any], *, project: str, entity: str | None, name: str | None, tags: Sequence[str]
-) -> Sequence[WandbRun]:
+    run_dir: Path, config: dict[str, Any], *, project: str | None, entity: str | None, name: str | None,
+    tags: Sequence[str],
+) -> Sequence[WandbRun]:  # fmt: skip
     """Log to Weights & Biases, or, where it cannot be reached, into files that `wandb sync` uploads later.
 
-    $WANDB_MODE=offline or disabled, $WANDB_DIR and the variables of a sweep do what they do for W&B itself.
+    $WANDB_MODE=offline or disabled, $WANDB_DIR, the variables of a sweep and those of what is not given do what they
+    do for W&B itself.
     """
     mode = os.environ.get("WANDB_MODE", "online")
     if mode == "disabled":
         return []
     options: dict[str, Any] = {"config": config, "tags": list(tags)}
     if "WANDB_SWEEP_ID" not in os.environ:  # else W&B itself names project and run
-        options |= {"project": project, "entity": entity, "name": name or run_dir.name, "id": run_id(run_dir)}
+        project = project or os.environ.get("WANDB_PROJECT") or "dpo_lightning"
+        name = name or os.environ.get("WANDB_NAME") or run_dir.name
+        options |= {"project": project, "entity": entity, "name": name, "id": run_id(run_dir)}
     return [WandbRun(folder_for(run_dir), mode in ("offline", "dryrun"), **options)]
 
 

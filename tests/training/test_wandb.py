@@ -338,3 +338,20 @@ def test_a_training_sends_config_metrics_and_answers_and_goes_on_under_its_id(ru
     assert {"perf/pairs_per_second", "perf/tokens_per_second", "train/lr", "samples/path"} <= {*logged}
     assert [row[STEP] for row in rows if "train/loss" in row] == [1, 2]
     assert [row[STEP] for row in second[1] if "train/loss" in row] == [3]
+
+
+@pytest.mark.parametrize(
+    ("given", "variables", "expected"),
+    [
+        ({"project": "p", "name": "n"}, {"WANDB_PROJECT": "theirs", "WANDB_NAME": "theirs"}, ("p", "n")),
+        ({"project": None, "name": None}, {"WANDB_PROJECT": "theirs", "WANDB_NAME": "mine"}, ("theirs", "mine")),
+        ({"project": None, "name": None}, {"WANDB_PROJECT": ""}, ("dpo_lightning", "a run")),
+    ],
+    ids=["keys", "variables", "neither"],
+)
+def test_project_and_name_are_the_keys_else_the_variables(given, variables, expected, run, monkeypatch):
+    monkeypatch.setattr(wandb_run, "WandbRun", lambda folder, offline, **options: options)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    options: Any = wandb_logger(run, CONFIG, entity=None, tags=[], **given)[0]
+    assert (options["project"], options["name"]) == expected
