@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from dpo_lightning.cli.process import importing
-from dpo_lightning.outputs import results
+from dpo_lightning.outputs import results, samples, verbs
 from dpo_lightning.outputs.card import Card
 from dpo_lightning.training.precision import frozen_dtype
 
@@ -69,6 +70,22 @@ def test_a_run_leaves_what_it_promises(cli, metrics, tmp_path):
     assert {weight.dtype for weight in merged.values()} == {frozen_dtype(precision)}
     assert cli("report", f"run_dir={run}") == 0
     assert cli("compare", f"run_dir='{run},{run}'") == 0
+
+
+def test_what_is_damaged_or_left_empty_hinders_no_report(tmp_path, capsys, monkeypatch):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "val/loss": 0.7}\n')
+    assert verbs.compare({"run_dir": f"{tmp_path}, "}) == 0
+    samples.save([{"prompt": "Why?", "reference": "No.", "policy": "So."}], tmp_path)
+    assert verbs.report({"run_dir": tmp_path}) == 0
+    assert "<td>So.</td>" in (tmp_path / "report.html").read_text()
+    for text in ('[{"prompt": "Wh', '[{"prompt": "Why?"}]', "5"):
+        (tmp_path / "samples.json").write_text(text)
+        assert verbs.report({"run_dir": tmp_path}) == 0
+        assert f"warning: {tmp_path / 'samples.json'} is not whole (" in capsys.readouterr().err
+        assert "Answers" not in (tmp_path / "report.html").read_text()
+    monkeypatch.setattr(Path, "replace", lambda *_: None)  # killed before that
+    samples.save([], tmp_path)
+    assert (tmp_path / "samples.json").read_text() == "5"
 
 
 def test_a_validation_that_lacks_a_metric_is_shown_without_it(cli, tmp_path, capsys):

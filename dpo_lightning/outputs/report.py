@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +86,13 @@ def _gain(rows: list[dict[str, float]]) -> list[list[Any]]:
 def _samples(file: Path) -> str:
     if not file.is_file():
         return ""
-    samples = json.loads(file.read_text(encoding="utf-8"))
     head = ["prompt", "reference", "policy"]
-    return "<h2>Answers</h2>" + _table([head, *([s[name] for name in head] for s in samples)])
+    try:
+        answers = [[sample[name] for name in head] for sample in json.loads(file.read_text(encoding="utf-8"))]
+    except (ValueError, TypeError, LookupError) as error:
+        print(f"warning: {file} is not whole ({error}): the report has no answers", file=sys.stderr)
+        return ""
+    return "<h2>Answers</h2>" + _table([head, *answers])
 
 
 def _table(rows: list[list[Any]]) -> str:

@@ -53,8 +53,10 @@ def answer(
 
 
 def save(samples: list[dict[str, str]], run_dir: Path) -> None:
-    """Keep them for the report."""
-    (run_dir / "samples.json").write_text(json.dumps(samples, indent=1, ensure_ascii=False), encoding="utf-8")
+    """Keep them for the report, all or none where the process is killed meanwhile."""
+    scratch = run_dir / "samples.json.part"
+    scratch.write_text(json.dumps(samples, indent=1, ensure_ascii=False), encoding="utf-8")
+    scratch.replace(run_dir / "samples.json")
 
 
 def show(samples: list[dict[str, str]]) -> None:

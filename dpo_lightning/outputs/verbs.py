@@ -44,7 +44,8 @@ def report(cfg: Mapping[str, Any]) -> int:
 
 def compare(cfg: Mapping[str, Any]) -> int:
     """Print the last validations of several runs side by side."""
-    folders = [run_folder({"run_dir": name.strip()}) for name in str(cfg["run_dir"] or "").split(",")]
+    names = [name.strip() for name in str(cfg["run_dir"] or "").split(",") if name.strip()]
+    folders = [run_folder({"run_dir": name}) for name in names or [""]]
     lasts = [(validations(folder) or [{}])[-1] for folder in folders]
     table = Table(title="Last validation", title_justify="left")
     table.add_column("")
