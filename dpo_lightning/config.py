@@ -72,6 +72,11 @@ LIMIT: Check = (
     lambda v: (_integer(v) and v >= 0) or (isinstance(v, float) and 0 <= v <= 1),
     "a whole number of batches, or a share from 0.0 to 1.0",
 )
+SOME: Check = lambda v: LIMIT[0](v) and v > 0, "a whole number of batches above 0, or a share above 0.0 up to 1.0"
+SPAN: Check = (  # a mapping is timedelta's keywords
+    lambda v: isinstance(v, DictConfig) or (isinstance(v, str) and bool(re.fullmatch(r"\d+(:\d\d){3}", v.strip()))),
+    "days, hours, minutes and seconds, such as 00:12:00:00, in YAML in quotes",
+)
 STEPS: Check = lambda v: _integer(v) and (v > 0 or v == -1), "a whole number above 0, or -1 for no limit"
 DEVICES: Check = (
     lambda v: bool(re.fullmatch(r"auto|-1|\d+(,\d*)*", str(v)) and v != 0) or _list_of(_integer, v),
@@ -154,11 +159,15 @@ CHECKS: dict[str, Check] = {
     "trainer.accumulate_grad_batches": COUNT,
     "trainer.gradient_clip_val": _optional(NOT_NEGATIVE),
     "trainer.log_every_n_steps": COUNT,
-    "trainer.limit_train_batches": LIMIT,
+    "trainer.limit_train_batches": SOME,
     "trainer.limit_val_batches": LIMIT,
-    "trainer.val_check_interval": (lambda v: LIMIT[0](v) and v > 0, LIMIT[1]),
+    "trainer.val_check_interval": SOME,
     "trainer.num_sanity_val_steps": (lambda v: _integer(v) and v >= -1, "a whole number, or -1 for all"),
     "trainer.deterministic": _either(FLAG, "warn", "auto"),
+    "trainer.max_time": _optional(SPAN),
+    "trainer.benchmark": _optional(FLAG),
+    "trainer.detect_anomaly": FLAG,
+    "trainer.inference_mode": FLAG,
     "strategy.name": _one_of("auto", "single", "ddp", "zero1", "zero2", "zero3", "zero3_offload"),
     "logger.project": _optional(TEXT),
     "logger.entity": _optional(TEXT),

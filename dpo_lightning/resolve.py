@@ -95,7 +95,8 @@ def check_limits(cfg: DictConfig, pairs: int, held_out: int, devices: int) -> No
         ("limit_val_batches", -(-held_out // (cfg.data.batch_size * devices))),
     ):
         if cfg.trainer[key] and limited(among, cfg.trainer[key]) < 1:
-            raise UserError(f"trainer.{key}={cfg.trainer[key]}: less than one of {among} batches; give more, or 0")
+            more = "more" if key == "limit_train_batches" else "more, or 0"
+            raise UserError(f"trainer.{key}={cfg.trainer[key]}: less than one of {among} batches; give {more}")
     if used % accumulate:
         raise UserError(
             f"trainer.limit_train_batches={limit}: {used} batches are no whole number of steps of "

@@ -223,8 +223,6 @@ def build_trainer(
     if SLURMEnvironment.detect():  # by itself it would save within a signal's handler, anywhere in a step
         plugins.append(SLURMEnvironment(auto_requeue=False))
     limit = plain(cfg.trainer).get("max_time")
-    if not isinstance(limit, str | dict | None):
-        raise UserError(f"trainer.max_time={limit}: give days, hours, minutes and seconds, such as 00:12:00:00")
     try:
         chosen += [TimeLimit(limit)] if limit else []  # where there is a timer Lightning makes none
         return instantiate(

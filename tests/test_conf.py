@@ -111,7 +111,7 @@ def test_every_check_has_a_key_and_every_key_a_check() -> None:
     configs = [composed(option) for option in OPTIONS]
     keys = {key for cfg in configs for key in keys_of(cfg) if not isinstance(OmegaConf.select(cfg, key), DictConfig)}
     unchecked = {key for key in keys if key.rpartition(".")[2] not in free} - {*CHECKS}
-    assert {*CHECKS} <= keys | {"model.dimensions"}
+    assert {*CHECKS} <= keys | {"model.dimensions"} | {f"trainer.{key}" for key in TRAINER_KEYS}
     assert not {key for key in unchecked if not key.startswith("model.dimensions.")}
 
 

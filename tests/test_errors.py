@@ -379,6 +379,7 @@ def test_a_bad_line_among_the_metrics_is_named(line: str, why: str, verb: str, f
         ["experiment=hydra_callback", "trusted_targets=[builtins.dict]", "hydra.callbacks.x._target_=builtins.dict"],
         ["~callbacks.progress"],
         ["+trainer.max_time='00:01:00:00'"],
+        ["+trainer.max_time={hours: 1}", "+trainer.benchmark=true"],
     ],
     ids=" ".join,
 )
@@ -463,11 +464,15 @@ BAD: dict[str, list[object]] = {
     "trainer.accumulate_grad_batches": [0],
     "trainer.gradient_clip_val": [-1],
     "trainer.log_every_n_steps": [0],
-    "trainer.limit_train_batches": [-1, 1.5],
+    "trainer.limit_train_batches": [0, 0.0, -1, 1.5],
     "trainer.limit_val_batches": [-1, None],
     "trainer.val_check_interval": [0, 0.0, 1.5],
     "trainer.num_sanity_val_steps": [-2],
     "trainer.deterministic": ["yes"],
+    "trainer.max_time": [1, "00:01", "soon"],
+    "trainer.benchmark": [3],
+    "trainer.detect_anomaly": ["yes", None],
+    "trainer.inference_mode": [1],
     "strategy.name": [None],
     "logger.project": [""],
     "logger.entity": [5],
@@ -475,7 +480,9 @@ BAD: dict[str, list[object]] = {
     "logger.tags": ["a", [5]],
 }
 # Options to choose for keys that the default configuration does not have.
-NEEDS: dict[str, tuple[str, ...]] = {"loss.sft_weight": ("loss=rpo",)}
+NEEDS: dict[str, tuple[str, ...]] = {"loss.sft_weight": ("loss=rpo",)} | {
+    f"trainer.{key}": (f"+trainer.{key}=null",) for key in ("max_time", "benchmark", "detect_anomaly", "inference_mode")
+}
 
 
 @functools.cache

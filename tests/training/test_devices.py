@@ -75,8 +75,8 @@ def test_auto_asks_gpus_alone_to_repeat_their_bits(given, on_gpus, on_cpus, monk
 @pytest.mark.parametrize(
     ("trainer", "told"),
     [
-        ({"limit_train_batches": 0.04}, r"trainer\.limit_train_batches=0\.04: less than one of 10 batches"),
-        ({"limit_val_batches": 0.2}, r"trainer\.limit_val_batches=0\.2: less than one of 2 batches"),
+        ({"limit_train_batches": 0.04}, r"trainer\.limit_train_batches=0\.04: less than one of 10 batches; give more$"),
+        ({"limit_val_batches": 0.2}, r"trainer\.limit_val_batches=0\.2: less than one of 2 batches; give more, or 0$"),
         ({"limit_train_batches": 4, "val_check_interval": 5}, r"trainer\.val_check_interval=5: an epoch has 4 batches"),
         ({"limit_val_batches": 0, "val_check_interval": 10}, None),
         ({"limit_train_batches": 0.1, "limit_val_batches": 0.5}, None),
