@@ -52,12 +52,13 @@ def to_pair(row: dict[str, Any]) -> Pair:
     for key in UNREAD:
         if row.get(key):
             raise UserError(f"{key!r} is part of what the model sees, and is not read; write it into the turns")
-    without = "input" if _given(row, "input") else "prompt"
-    context_key = next((key for key in CONTEXT_KEYS if _given(row, key) is not None), without)
+    context_key = next((key for key in CONTEXT_KEYS if _given(row, key) is not None), "prompt")
     context = _given(row, context_key)
     chosen, rejected = row["chosen"], row["rejected"]
     if all(isinstance(side, str) and WRITTEN.fullmatch(side) for side in (chosen, rejected)):
         raise UserError("'chosen' is a list of messages written as text; write the list itself, in json or parquet")
+    if context is None and all(isinstance(side, str) and not OPENS.match(side) for side in (chosen, rejected)):
+        context = _given(row, "input") or None  # beside whole conversations it may be anything
     if isinstance(chosen, str) and isinstance(rejected, str):
         context, chosen, rejected = _transcribed(row, context)
     if context_key == "instruction" and isinstance(context, str) and isinstance(row.get("input"), str):

@@ -70,7 +70,11 @@ FORMATS = {
         {"input": float("nan"), "prompt": float("nan"), "question": "Q", "chosen": "a", "rejected": "b"},
         ("Q", "a", "b"),
     ),
-    "an empty input beside whole messages": ({"input": "", "chosen": [Q, GOOD], "rejected": [Q, BAD]}, ONE_TURN),
+    "an input beside whole messages": ({"input": "7f3a", "chosen": [Q, GOOD], "rejected": [Q, BAD]}, ONE_TURN),
+    "an input beside transcripts": (
+        {"input": "7f3a", "chosen": "Human: Why?\n\nAssistant: a", "rejected": "Human: Why?\n\nAssistant: b"},
+        ([Q], [bot("a")], [bot("b")]),
+    ),
     "a system turn that is pandas' null": ({"system": float("nan"), **row("Q", "a", "b")}, ("Q", "a", "b")),
     "a blank system turn": ({"system": " \n", **row("Q", "a", "b")}, ("Q", "a", "b")),
     "Alpaca's input": ({"instruction": "Sum up:", "input": "It rained.", "chosen": "a", "rejected": "b"},
