@@ -99,20 +99,26 @@ def recorded(file: Path) -> Record:
         raise BenchmarkError(f"--table {file}: no record of a benchmark ({error})") from error
 
 
+def judge(workloads: Iterable[Workload], options: argparse.Namespace) -> None:
+    """Raise BenchmarkError for what any of the benchmarks lacks: before the hours that the first of them takes."""
+    versions = machine.versions()
+    for workload in workloads:
+        if versions["trl"] == "none" and "trl" in map(program_of, workload.arms):
+            raise BenchmarkError("TRL is not installed: `make bench` installs it, or pip install '.[bench]'")
+        if not (ROOT / getattr(options, workload.data)).is_file():
+            file = getattr(options, workload.data)
+            raise BenchmarkError(f"no file {file}: give preference pairs with --{workload.data} FILE")
+    if options.resume and not machine.is_clear(told := versions["dpo_lightning"]):
+        raise BenchmarkError(
+            f"--resume: commit {told}: what was cut off may be of other code; commit it, or start anew"
+        )
+
+
 def bench(workload: Workload, options: argparse.Namespace) -> None:
     """Run one benchmark, print its table and write it beside the record."""
     fresh = Record(
         workload, options.rounds, time.strftime("%Y-%m-%d %H:%M"), machine.describe(workload.device), machine.versions()
     )
-    if fresh.versions["trl"] == "none" and "trl" in map(program_of, workload.arms):
-        raise BenchmarkError("TRL is not installed: `make bench` installs it, or pip install '.[bench]'")
-    data = getattr(options, workload.data)
-    if not (ROOT / data).is_file():
-        raise BenchmarkError(f"no file {data}: give preference pairs with --{workload.data} FILE")
-    if options.resume and not machine.is_clear(told := fresh.versions["dpo_lightning"]):
-        raise BenchmarkError(
-            f"--resume: commit {told}: what was cut off may be of other code; commit it, or start anew"
-        )
     try:
         file = unfinished(options.out, fresh) if options.resume else None
         record = load(file) if file else fresh
@@ -120,7 +126,7 @@ def bench(workload: Workload, options: argparse.Namespace) -> None:
         record.save(file)  # a folder that takes no file is to be known before hours of runs
     except OSError as error:
         raise BenchmarkError(f"--out {options.out}: no record can be written there ({error})") from error
-    Bench(record, file, data).run()
+    Bench(record, file, getattr(options, workload.data)).run()
     text = table.write(record)
     file.with_suffix(".md").write_text(text)
     print(text)
@@ -134,6 +140,7 @@ def main(words: Sequence[str]) -> int:
             print(table.write(recorded(options.table)))
             return 0
         workloads = chosen(options)
+        judge(workloads, options)
         warn(workloads)
         for workload in workloads:
             bench(workload, options)

@@ -98,7 +98,7 @@ class Bench:
         out = self.folder / "pairs.json"
         self.folder.mkdir(parents=True, exist_ok=True)
         if not self.record.runs:  # what an earlier benchmark has computed would be a gift to round 1
-            for cache in ("reference", "datasets"):
+            for cache in ("reference", "data", "datasets"):
                 shutil.rmtree(SCRATCH / "cache" / cache, ignore_errors=True)
         job = {
             "path": self.data, "rows": str(self.rows), "out": str(out), "max_length": self.workload.max_length,

@@ -273,6 +273,7 @@ def test_a_benchmark_without_trl_says_nothing_of_it():
         (["--table", "README.md"], "error: --table README.md: no record of a benchmark (Expecting value"),
         (["--table", "other.json"], "error: --table other.json: no record of a benchmark ('str' object"),
         (["hh-full", "--hh", "nofile"], "error: no file nofile: give preference pairs with --hh FILE"),
+        (["hh-full", "sharegpt-lora", "--hh", "README.md", "--sharegpt", "nofile"], "error: no file nofile: give"),
     ],
 )
 def test_a_file_that_is_not_there_or_is_another_is_told_in_a_line(
