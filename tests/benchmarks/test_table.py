@@ -253,6 +253,7 @@ def test_options_change_the_workloads(capsys):
 )
 def test_slow_bfloat16_is_told_beforehand(words: list[str], lacks: bool, warnings: int, monkeypatch, capsys):
     monkeypatch.setattr(machine, "lacks_bfloat16", lambda: lacks)
+    monkeypatch.setattr(program, "judge", lambda *_: None)  # whether TRL and the samples are here is no matter
     monkeypatch.setattr(program, "bench", lambda *_: print("begun", file=sys.stderr))
     assert main(words) == 0
     told = capsys.readouterr().err.splitlines()
