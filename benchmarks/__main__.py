@@ -12,6 +12,7 @@ from pathlib import Path
 
 from benchmarks import machine, table
 from benchmarks.arms import program_of
+from benchmarks.counts import positive, whole
 from benchmarks.records import UNREADABLE, Record, load, new_file, unfinished
 from benchmarks.runs import ROOT, Bench, BenchmarkError
 from benchmarks.workloads import ARMS, COMPACT, DATA, WORKLOADS, Workload
@@ -49,23 +50,9 @@ def parser() -> argparse.ArgumentParser:
     return parse
 
 
-def whole(text: str) -> int:
-    """Return a whole number, 0 or more; argparse makes a usage error of what is raised."""
-    if (value := int(text)) < 0:
-        raise ValueError
-    return value
-
-
 def words_of(text: str) -> tuple[str, ...]:
     """Return the words of one argument."""
     return tuple(shlex.split(text))
-
-
-def positive(text: str) -> int:
-    """Return a whole number above 0."""
-    if not (value := whole(text)):
-        raise ValueError
-    return value
 
 
 def chosen(options: argparse.Namespace) -> list[Workload]:

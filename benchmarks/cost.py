@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
-from benchmarks.__main__ import positive
 from benchmarks.arms import environment
+from benchmarks.counts import positive
 from benchmarks.records import free
 from benchmarks.runs import ROOT, SCRATCH, BenchmarkError, run_child
 

@@ -9,13 +9,8 @@ from typing import Any
 
 from benchmarks.workloads import Workload
 
-UNREADABLE = (
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-)  # what `load` raises of a file that is no record
+# What `load` raises of a file that is no record.
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
 
 @dataclass(frozen=True)

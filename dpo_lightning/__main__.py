@@ -30,7 +30,7 @@ from dpo_lightning.cli.errors import explain, fail
 from dpo_lightning.cli.hub import prefer_cache
 from dpo_lightning.cli.process import importing, prepare
 from dpo_lightning.cli.secrets import without_passwords
-from dpo_lightning.cli.trials import check_trials
+from dpo_lightning.cli.trials import check_trials, is_override
 from dpo_lightning.cluster.exits import DONE, INTERRUPTED, USER_ERROR, WRONG_NUMBERS
 from dpo_lightning.config import CONF, check, check_values, run_dir_of
 from dpo_lightning.keys import nearest
@@ -167,7 +167,7 @@ def main() -> None:
         fail(f"unknown verb {verb}{nearest(verb, VERBS)}; there are {', '.join(VERBS)}")
     prepare(outlives=verb == "train")
     # Hydra's parser takes its flags before the overrides or behind them, not between: the overrides go last.
-    sys.argv[1:] = sorted(map(at_home, sys.argv[1:]), key=lambda arg: re.match(r"~|[^-].*=", arg) is not None)
+    sys.argv[1:] = sorted(map(at_home, sys.argv[1:]), key=is_override)
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # else Hydra prints its errors itself and exits with 1
     guard.install()
     codes: list[int] = []

@@ -24,6 +24,8 @@ from dpo_lightning.types import UserError
 PACKAGE = Path(__file__).resolve().parent
 # In a wheel conf/ lies in the package, in a checkout beside it; pyproject.toml's force-include is the other half.
 CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
+# Those of which every configuration has an option.
+GROUPS = {folder.name for folder in CONF.iterdir() if folder.is_dir()} - {"experiment", "sweep"}
 
 TRAINER = "lightning.pytorch.Trainer"
 
@@ -195,8 +197,7 @@ def check_values(cfg: DictConfig) -> None:
     except OmegaConfBaseException as error:  # an interpolation: told above, unless it stands in a list
         raise UserError("\n".join(problems or str(error).splitlines()[:1])) from None
     root: Any = OmegaConf.to_container(OmegaConf.load(CONF / "config.yaml"))
-    groups = {folder.name for folder in CONF.iterdir() if folder.is_dir()} - {"experiment", "sweep"}
-    problems += [*wrong_keys(plain, root, groups, _shipped()), *untrusted(plain, trusted(cfg))]
+    problems += [*wrong_keys(plain, root, GROUPS, _shipped()), *untrusted(plain, trusted(cfg))]
     if problems:
         raise UserError("\n".join(problems))
 

@@ -15,10 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from dpo_lightning.cli import secrets
 from dpo_lightning.cli.errors import builds_on_nothing, fail
-from dpo_lightning.config import CONF, trusted
+from dpo_lightning.config import GROUPS, trusted
 from dpo_lightning.keys import untrusted
-
-GROUPS = sorted({folder.name for folder in CONF.iterdir() if folder.is_dir()} - {"experiment", "sweep"})
 
 
 def install() -> None:
@@ -36,7 +34,9 @@ class GuardedLoader(ConfigLoaderImpl):
         cfg = super().load_configuration(*args, **options)
         if problems := list(secrets.in_config(cfg)) or list(hidden_code(cfg)):
             fail("\n".join(problems))
-        if cfg.hydra.job.config_name != "config" and (lacking := [group for group in GROUPS if group not in cfg]):
+        if cfg.hydra.job.config_name != "config" and (
+            lacking := [group for group in sorted(GROUPS) if group not in cfg]
+        ):
             fail(builds_on_nothing(", ".join(lacking)))
         return cfg
 

@@ -13,10 +13,15 @@ from dpo_lightning.config import check
 from dpo_lightning.types import UserError
 
 
+def is_override(word: str) -> bool:
+    """Return whether a word of the command line is a key's, and no flag of Hydra's."""
+    return re.match(r"~|[^-].*=", word) is not None
+
+
 def check_trials(config_name: str) -> None:
     """Raise one UserError with what is wrong with each value of the command line's grid, the others being the first."""
     problems: dict[str, None] = {}
-    for trial in _trials([arg for arg in sys.argv[1:] if re.match(r"~|[^-].*=", arg)]):
+    for trial in _trials([*filter(is_override, sys.argv[1:])]):
         try:
             check(compose(config_name, trial), trial)
         except UserError as error:

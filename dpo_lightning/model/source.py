@@ -11,7 +11,8 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,11 +98,8 @@ class ModelSource:
     def count_weights(self) -> int:
         """Return the number of weights, without reading or making any."""
         config = self.config()
-        try:
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config)
-        except UNBUILDABLE as error:
-            raise self._unbuildable(error) from error
+        with self._building(), torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
         return sum(weight.numel() for weight in model.parameters())
 
     def check_fits(self, longest: int, largest: int) -> None:
@@ -169,31 +167,29 @@ class ModelSource:
             raise UserError(f"model.architecture={self.architecture}: transformers knows no such model_type")
         tokenizer = self.load_tokenizer()
         ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
-        try:
+        with self._building():
             config = CONFIG_MAPPING[self.architecture](**{"vocab_size": len(tokenizer), **ids, **self.dimensions})
-        except UNBUILDABLE as error:
-            raise self._unbuildable(error) from error
         unknown = [key for key in self.dimensions if key not in type(config)().to_dict()]
         if unknown:
             raise UserError(f"model.dimensions: {self.architecture} has no field {', '.join(unknown)}")
         return config
 
-    def _unbuildable(self, error: Exception) -> UserError:
-        """Return what to tell of dimensions, or of a config.json, that make no model."""
-        told = f"{type(error).__name__}: {error}" if isinstance(error, LookupError) else str(error)
-        key = "model.dimensions" if self.init == "random" else f"model.name={self.name}, config.json"
-        return UserError(f"{key}: makes no model ({' '.join(told.split())[:300]})")
+    @contextmanager
+    def _building(self) -> Iterator[None]:
+        """Make one line of dimensions, or of a config.json, that make no model. Raises UserError."""
+        try:
+            yield
+        except UNBUILDABLE as error:
+            told = f"{type(error).__name__}: {error}" if isinstance(error, LookupError) else str(error)
+            key = "model.dimensions" if self.init == "random" else f"model.name={self.name}, config.json"
+            raise UserError(f"{key}: makes no model ({' '.join(told.split())[:300]})") from error
 
     def _write_random(self, folder: Path) -> None:
         config = self._random_config()
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), torch.no_grad(), self._building():
             torch.manual_seed(0)
-            try:
-                model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-                with torch.no_grad():
-                    model(input_ids=torch.arange(2)[None])  # heads that do not fit each other are told by it alone
-            except UNBUILDABLE as error:
-                raise self._unbuildable(error) from error
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+            model(input_ids=torch.arange(2)[None])  # heads that do not fit each other are told by it alone
         _save(model, folder)
         self.load_tokenizer().save_pretrained(folder)
 
